@@ -1,0 +1,162 @@
+"""Command-line arguments of `train_diff_instruct_pp.py`, and the checks that need no model."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from diff_instruct.objectives import WEIGHTINGS
+from diff_instruct.rewards import REWARDS, check_reward
+
+
+POCKET = Path(__file__).resolve().parents[1] / "pocket"
+
+
+def pocket_defaults():
+    """What the bare command uses: the embedded pocket reference and the settings that suit its size."""
+    settings = json.loads((POCKET / "defaults.json").read_text())
+    paths = {"pretrained_model_name_or_path": "reference", "pretrained_generator_name_or_path": "generator"}
+    prompts = {"train_prompts": "prompts_train.txt", "eval_prompts": "prompts_heldout.txt"}
+    return {**{k: str(POCKET / v) for k, v in {**paths, **prompts}.items()}, **settings}
+
+
+def build_parser():
+    """All arguments; the defaults are those for real models (the paper's, where it gives them)."""
+    parser = argparse.ArgumentParser(
+        description="Distil a text-to-image diffusion model into a one-step generator and align it (Diff-Instruct++). "
+        "Without --pretrained_model_name_or_path it runs on the embedded pocket reference, with that model's defaults.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    yes_no = argparse.BooleanOptionalAction
+
+    g = parser.add_argument_group("models")
+    g.add_argument("--pretrained_model_name_or_path", help="the reference: Hub id or folder of a diffusers pipeline")
+    g.add_argument(
+        "--pretrained_generator_name_or_path",
+        help="a one-step pipeline to start from (Hub id or folder); without it the generator starts as the reference",
+    )
+    g.add_argument("--revision", help="revision of the reference on the Hub")
+    g.add_argument("--variant", help="variant of the reference's files, for example fp16")
+    g.add_argument("--cache_dir", help="where downloads are kept")
+    g.add_argument("--timestep", type=int, help="t*, where the generator is evaluated; default: the generator's, else 400")
+    g.add_argument("--resolution", type=int, help="pixels of an image's side; default: the reference's")
+
+    g = parser.add_argument_group("prompts")
+    g.add_argument("--dataset_name", help="Hub id of a dataset with prompts; it is streamed")
+    g.add_argument("--dataset_config_name", help="configuration of that dataset")
+    g.add_argument("--dataset_split", default="train", help="split of that dataset")
+    g.add_argument("--train_prompts", help="instead: a .txt .csv .tsv .jsonl .json .parquet file, or a folder of them")
+    g.add_argument("--caption_column", help="column with the prompts; may be left out if there is only one")
+    g.add_argument("--max_train_samples", type=int, help="use only the first so many prompts")
+    g.add_argument("--shuffle_buffer_size", type=int, default=10_000, help="prompts among which the stream is shuffled")
+    g.add_argument("--eval_prompts", help="file of prompts to judge with; default: every 20th training prompt is held out")
+    g.add_argument("--num_eval_prompts", type=int, default=64, help="how many prompts are judged, at most")
+    g.add_argument("--num_eval_images", type=int, default=4, help="images (seeds) for each of them; at least 2")
+    g.add_argument("--validation_prompts", nargs="+", help="prompts to draw; default: the first few eval prompts")
+    g.add_argument("--validation_steps", type=int, default=100, help="draw and judge every so many steps; 0: never")
+
+    g = parser.add_argument_group("Algorithm 1")
+    g.add_argument("--pretrain_steps", type=int, default=0, help="generator steps of distillation, without reward")
+    g.add_argument("--pretrain_cfg_scale", type=float, default=1.5, help="guidance α_cfg of the reference while pretraining")
+    g.add_argument("--max_train_steps", type=int, default=1000, help="generator steps of alignment")
+    g.add_argument("--reward_scale", type=float, default=10.0, help="α_rew; the paper's: 0, 1, 10")
+    g.add_argument(
+        "--cfg_scale", type=float, default=4.5,
+        help="α_cfg, guidance of the reference as uncond + α (cond − uncond): 1 is none; the paper's: 1, 4.5",
+    )  # fmt: skip
+    g.add_argument("--reward", default="clip", help=f"r(x, c): one of {', '.join(REWARDS)}")
+    g.add_argument("--heldout_reward", help="a scorer that is only reported, never trained on")
+    g.add_argument("--reward_batch_size", type=int, help="images decoded and scored at a time; default: the whole batch")
+    g.add_argument("--ta_steps", type=int, default=1, help="K_TA, steps of the teaching assistant for one of the generator")
+    g.add_argument("--ta_warmup_steps", type=int, default=0, help="steps of the teaching assistant before the first one")
+    g.add_argument("--weighting", choices=WEIGHTINGS, default="dmd", help="w(t) of the integral KL")
+    g.add_argument("--min_timestep", type=float, default=0.02, help="π(t) starts here, as a fraction of the schedule")
+    g.add_argument("--max_timestep", type=float, default=0.98, help="π(t) ends here, as a fraction of the schedule")
+
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--train_batch_size", type=int, default=16, help="images per process and forward pass")
+    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    g.add_argument("--learning_rate", type=float, default=5e-6, help="of the generator")
+    g.add_argument("--ta_learning_rate", type=float, help="of the teaching assistant; default: as the generator")
+    g.add_argument("--ta_lora_rank", type=int, default=0, help="train the TA as LoRA on the reference; 0: a full copy")
+    g.add_argument("--ta_lora_alpha", type=float, help="LoRA scale; default: the rank")
+    g.add_argument("--lr_scheduler", default="constant", help="any of diffusers' schedules")
+    g.add_argument("--lr_warmup_steps", type=int, default=0)
+    g.add_argument("--adam_beta1", type=float, default=0.0)
+    g.add_argument("--adam_beta2", type=float, default=0.999)
+    g.add_argument("--adam_weight_decay", type=float, default=0.0)
+    g.add_argument("--adam_epsilon", type=float, default=1e-8)
+    g.add_argument("--max_grad_norm", type=float, default=10.0)
+    g.add_argument("--use_ema", action=yes_no, default=True, help="judge and export an average of the generator")
+    g.add_argument("--ema_decay", type=float, default=0.95, help="of the average, per step, while aligning")
+    g.add_argument("--ema_halflife", type=float, default=50_000, help="of the average, in images, while pretraining")
+    g.add_argument("--ema_rampup_ratio", type=float, default=0.05, help="the half-life is at most this part of the images seen")
+    g.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    g.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what accelerate is configured for")
+    g.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and newer")
+
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_dir", default="diff-instruct-pp", help="the exported pipeline, checkpoints and logs")
+    g.add_argument("--seed", type=int, default=0, help="of every random number of the run")
+    g.add_argument("--checkpointing_steps", type=int, default=500, help="checkpoint every so many steps; 0: never")
+    g.add_argument("--checkpoints_total_limit", type=int, help="keep only so many")
+    g.add_argument("--resume_from_checkpoint", help='a checkpoint, or "latest"')
+    g.add_argument("--logging_steps", type=int, default=10, help="log figures every so many steps")
+    g.add_argument("--logging_dir", default="logs", help="tracker logs, inside --output_dir")
+    g.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
+    g.add_argument("--tracker_project_name", default="diff-instruct-pp")
+    g.add_argument("--push_to_hub", action="store_true", help="upload the exported pipeline")
+    g.add_argument("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    g.add_argument("--hub_token", help="token for the Hub; default: the one you logged in with")
+    return parser
+
+
+def parse_args(input_args=None):
+    """Parse and check.
+
+    Raises:
+        ValueError: one line that says what to do, for a mistake that can be seen without loading a model.
+    """
+    parser = build_parser()
+    args = given = parser.parse_args(input_args)
+    if given.pretrained_model_name_or_path is None:
+        parser.set_defaults(**pocket_defaults())
+        args = parser.parse_args(input_args)
+        if given.dataset_name or given.train_prompts:  # one's own prompts: judge with those, too
+            args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
+    check_args(args)
+    return args
+
+
+def trackable(args):
+    """The arguments without the token, as trackers and the summary take them."""
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items() if k != "hub_token"}
+
+
+def check_args(args):
+    """Raises ValueError, in one line, for arguments that cannot work together or files that are not there."""
+    if (args.dataset_name is None) == (args.train_prompts is None):
+        raise ValueError("give either --dataset_name or --train_prompts (a file or folder of prompts)")
+    for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "ta_lora_rank"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must not be negative")
+    for name in ("ta_steps", "train_batch_size", "gradient_accumulation_steps", "num_eval_prompts", "logging_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    if args.num_eval_images < 2:
+        raise ValueError("--num_eval_images must be at least 2: diversity is measured between images of one prompt")
+    if not 0 <= args.min_timestep < args.max_timestep <= 1:
+        raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
+    for name in (args.reward, args.heldout_reward):
+        if name is not None:
+            check_reward(name)
+    for name in ("train_prompts", "eval_prompts"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"--{name}: no such file or folder: {path}")
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
+    if not os.access(args.output_dir, os.W_OK):
+        raise ValueError(f"--output_dir {args.output_dir} is not writable")

@@ -1,0 +1,106 @@
+"""Writes what a run is for: the pipeline, its model card and the summary; and puts them on the Hub."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, upload_folder
+
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card_template.md"
+FIGURES = ("reward", "heldout", "diversity")
+
+
+def base_license(base):
+    """The licence that the base model's card names, or None."""
+    card = Path(base) / "README.md"
+    if card.is_file():
+        return ModelCard.load(card).data.get("license")
+    if Path(base).is_dir():
+        return None
+    return model_info(base).card_data.get("license")
+
+
+def figures_table(summary):
+    """Markdown: before, after and gain of each figure, with their intervals."""
+
+    def cell(name):
+        low, high = summary[f"{name}_ci95"]
+        return f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = ["| | before | after | gain |", "|---|---|---|---|"]
+    labels = {"reward": "{reward} (trained)", "heldout": "{heldout_reward} (not trained)", "diversity": "diversity"}
+    for key in FIGURES:
+        if f"{key}_before" in summary:
+            cells = " | ".join(cell(f"{key}_{column}") for column in ("before", "after", "gain"))
+            rows.append(f"| {labels[key].format(**summary['arguments'])} | {cells} |")
+    return "\n".join(rows)
+
+
+def write_card(args, pipe, summary, stock_class, prompt):
+    """Fill `model_card_template.md` with what was measured; returns the card."""
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
+    license = base_license(base)
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license,
+        base_model=base if on_hub else None,
+        tags=["text-to-image", "diffusers", "diff-instruct", "one-step"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=Path(args.output_dir).resolve().name,
+        repo=args.hub_model_id or Path(args.output_dir).name,
+        base=base if on_hub else f"the local pipeline `{Path(base).name}`",
+        timestep=pipe.config.timestep,
+        stock_class=stock_class,
+        prompt=prompt,
+        pretrain_steps=args.pretrain_steps,
+        align_steps=args.max_train_steps,
+        reward=args.reward,
+        reward_scale=args.reward_scale,
+        cfg_scale=args.cfg_scale,
+        table=figures_table(summary),
+        license=license,
+        command=command_line(),
+        **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds")},
+    )
+    card.save(Path(args.output_dir) / "README.md")
+    return card
+
+
+def command_line():
+    """The command of this run, without the token."""
+    words, hidden = [], False
+    for word in sys.argv[1:]:
+        if not (hidden or word.startswith("--hub_token")):
+            words.append(word)
+        hidden = word == "--hub_token"
+    return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *words])
+
+
+def export(args, pipe, summary, stock_class, prompt):
+    """Save the pipeline, card and `training_summary.json` in `--output_dir`; push them if asked to.
+
+    Returns:
+        The card of the pushed or written model.
+    """
+    folder = Path(args.output_dir)
+    pipe.save_pretrained(folder)
+    (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    card = write_card(args, pipe, summary, stock_class, prompt)
+    if args.push_to_hub:
+        repo = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+        parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
+        files = ["model_index.json", "pipeline_one_step.py", "README.md", "*.png", "training_summary.json"]
+        upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=parts + files,
+            commit_message="Diff-Instruct++ one-step generator",
+            token=args.hub_token,
+        )
+    return card

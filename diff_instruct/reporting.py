@@ -1,0 +1,111 @@
+"""What people look at: the history of a run, its curves, its pictures and its progress bar."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+REFERENCE_STEPS = 25
+PANELS = {
+    "reward (training batch)": ["reward"],
+    "judged on held-out prompts": ["val_reward", "val_heldout"],
+    "diversity within a prompt": ["val_diversity"],
+    "loss of the teaching assistant": ["ta_loss"],
+    "gradient at x0, norm per sample": ["norm_reward", "norm_ikl", "norm_cfg"],
+    "x0": ["x0_mean", "x0_std"],
+}
+
+
+class History:
+    """The logged figures of a run, one JSON object a line; what a resumed run will repeat is dropped."""
+
+    def __init__(self, output_dir, first_step):
+        self.path, self.rows = Path(output_dir) / "history.jsonl", []
+        if first_step and self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.rows = [row for row in rows if row["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, accelerator, step, figures):
+        """Append figures, and hand them to the trackers."""
+        self.rows.append({"step": step, **figures})
+        with self.path.open("a") as f:
+            f.write(json.dumps(self.rows[-1]) + "\n")
+        accelerator.log(figures, step=step)
+
+    def plot(self, file):
+        """Draw `curves.png`."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+        for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+            for key in keys:
+                points = [(row["step"], row[key]) for row in self.rows if key in row]
+                if points:
+                    axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+                    axis.legend()
+            axis.set(title=title, xlabel="generator step")
+            axis.grid(alpha=0.3)
+        figure.savefig(file, dpi=90)
+        plt.close(figure)
+
+
+def image_grid(columns, titles, prompts, size=None):
+    """One picture: a row for each prompt, a column for each (title, images (B, 3, H, W) in [0, 1])."""
+    size = size or max(96, columns[0].shape[-1])
+    label, head = 230, 26
+    sheet = Image.new("RGB", (label + (size + 4) * len(columns), head + (size + 4) * len(prompts)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for k, (images, title) in enumerate(zip(columns, titles)):
+        draw.text((label + (size + 4) * k + 2, 6), title, fill="black", font=font)
+        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for row, array in enumerate(pixels):
+            sheet.paste(Image.fromarray(array).resize((size, size)), (label + (size + 4) * k, head + (size + 4) * row))
+    for row, prompt in enumerate(prompts):
+        words, lines = prompt.split(), [""]
+        for word in words:
+            if draw.textlength(f"{lines[-1]} {word}", font=font) > label - 12:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        draw.text((6, head + (size + 4) * row + 8), "\n".join(lines[:6]), fill="black", font=font)
+    return sheet
+
+
+@torch.no_grad()
+def draw(pipe, encode, prompts, noise):
+    """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W)."""
+    images = [pipe.decode(pipe.generate(pipe.transformer, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)]
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def draw_reference(stock, prompts, noise, cfg_scale):
+    """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance."""
+    stock.set_progress_bar_config(disable=True)
+    height, width = (n * stock.vae_scale_factor for n in noise.shape[-2:])
+    images = [
+        stock(
+            prompt, latents=z[None], num_inference_steps=REFERENCE_STEPS, guidance_scale=cfg_scale, height=height,
+            width=width, use_resolution_binning=False, clean_caption=False, output_type="pt",
+        ).images.float()
+        for prompt, z in zip(prompts, noise)
+    ]  # fmt: skip
+    return torch.cat(images)
+
+
+def log_images(accelerator, step, images, prompts):
+    """Validation pictures to TensorBoard and Weights & Biases."""
+    array = (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", array, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": [wandb.Image(a, caption=p) for a, p in zip(array, prompts)]}, step=step)

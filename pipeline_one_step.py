@@ -1,0 +1,231 @@
+"""One-step text-to-image pipeline: one evaluation of a diffusion network at one fixed timestep t*.
+
+This file travels with the weights, so it needs nothing but torch and diffusers (and transformers for the text encoder):
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
+    image = pipe("a red apple").images[0]
+"""
+
+import inspect
+import json
+import os
+import shutil
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import T5EncoderModel, T5Tokenizer
+
+
+def predict_x0(output, x_t, alpha, sigma, prediction_type):
+    """The network's estimate x̂0 of the clean latents, in float32.
+
+    Args:
+        output, x_t (`torch.Tensor`, (B, C, H, W)): what the network returned, and what it was given.
+        alpha, sigma (`torch.Tensor`, broadcastable to x_t): x_t = alpha x0 + sigma eps.
+        prediction_type (`str`): "epsilon", "sample" or "v_prediction", as in diffusers' scheduler configs.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+    output, x_t = output.float(), x_t.float()
+    if prediction_type == "epsilon":
+        return (x_t - sigma * output) / alpha
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha * x_t - sigma * output
+    raise ValueError(f"prediction_type `{prediction_type}` is not one of epsilon, sample, v_prediction")
+
+
+class OneStepPipeline(DiffusionPipeline):
+    r"""
+    A one-step generator g_θ(z, c) = x̂0 of the network's output at (z, t*), with z ~ N(0, I) fed as x_{t*}.
+
+    The same weights also run in the stock pipeline of the family with one step at t* (see the model card).
+
+    Args:
+        tokenizer, text_encoder: turn the prompt into the conditioning c; may be None if `prompt_embeds` are given.
+        vae ([`AutoencoderKL`]): decodes latents to pixels.
+        transformer ([`PixArtTransformer2DModel`]): the generator.
+        scheduler ([`DDPMScheduler`]): holds the noise schedule and the prediction type; it is not stepped here.
+        timestep (`int`): t*, the timestep at which the generator was trained.
+        max_sequence_length (`int`, defaults to 120): prompts are cut to this number of tokens.
+
+    Raises:
+        ValueError: if t* is missing or lies outside the schedule.
+    """
+
+    _optional_components = ["tokenizer", "text_encoder"]
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer: T5Tokenizer,
+        text_encoder: T5EncoderModel,
+        vae: AutoencoderKL,
+        transformer: PixArtTransformer2DModel,
+        scheduler: DDPMScheduler,
+        timestep: int = None,
+        max_sequence_length: int = 120,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        self.register_to_config(timestep=timestep, max_sequence_length=max_sequence_length)
+        steps = scheduler.config.num_train_timesteps
+        if timestep is None or not 0 <= timestep < steps:
+            raise ValueError(f"OneStepPipeline needs the generator's timestep t* in 0..{steps - 1}, but got {timestep}")
+        alphas_cumprod = scheduler.alphas_cumprod[timestep]
+        self.alpha, self.sigma = alphas_cumprod.sqrt().item(), (1 - alphas_cumprod).sqrt().item()
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def sample_size(self):
+        """Height and width, in pixels, of the images that the generator was trained for."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    def latent_shape(self, height=None, width=None):
+        """(C, H / f, W / f) of the latents of one image.
+
+        Raises:
+            ValueError: if the VAE's downsampling, times the transformer's patch, does not divide height and width.
+        """
+        height, width = height or self.sample_size, width or self.sample_size
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, but are {height} and {width}")
+        return self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def encode_prompt(self, prompt):
+        """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
+
+        Returns:
+            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L the longest prompt's tokens.
+        """
+        prompt = [p.lower().strip() for p in prompt]
+        length = self.config.max_sequence_length
+        tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokens.to(self.text_encoder.device)
+        embeds = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
+
+    def denoise(self, network, x_t, t, c):
+        """One evaluation of a network of this family: its prediction for noisy latents, in float32.
+
+        Args:
+            network: the generator or another network of its class (reference, teaching assistant), wrapped or not.
+            x_t (`torch.Tensor`, (B, C, H, W)): noisy latents.
+            t (`torch.Tensor`, (B,), int64): timesteps.
+            c (`dict`): conditioning from `encode_prompt`.
+
+        Returns:
+            `torch.Tensor`, (B, C, H, W): in the scheduler's prediction type; learned-sigma channels are left out.
+        """
+        config, dtype = self.transformer.config, next(network.parameters()).dtype
+        micro = {"resolution": None, "aspect_ratio": None}
+        if config.sample_size == 128:  # PixArt-α at 1024 pixels is also conditioned on the size
+            height, width = (n * self.vae_scale_factor for n in x_t.shape[-2:])
+            size = torch.tensor([[height, width]], dtype=dtype, device=x_t.device)
+            ratio = torch.tensor([[height / width]], dtype=dtype, device=x_t.device)
+            micro = {"resolution": size.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}
+        output = network(
+            x_t.to(dtype),
+            encoder_hidden_states=c["encoder_hidden_states"].to(dtype),
+            encoder_attention_mask=c["encoder_attention_mask"],
+            timestep=t,
+            added_cond_kwargs=micro,
+            return_dict=False,
+        )[0]
+        return output[:, : config.in_channels].float()
+
+    def generate(self, network, z, c):
+        """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this."""
+        t = torch.full((len(z),), self.config.timestep, dtype=torch.int64, device=z.device)
+        output = self.denoise(network, z, t, c)
+        return predict_x0(output, z, self.alpha, self.sigma, self.scheduler.config.prediction_type)
+
+    def decode(self, x0):
+        """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
+        latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        r"""
+        Generate images in one network evaluation.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): the prompts; or give `prompt_embeds` instead.
+            height, width (`int`, *optional*): in pixels; default to the size that the generator was trained for.
+            num_images_per_prompt (`int`, defaults to 1): images of one prompt follow one another.
+            generator (`torch.Generator` or list of them, *optional*): makes the result deterministic.
+            latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it.
+            prompt_embeds (`torch.Tensor`, (B, L, D), *optional*), prompt_attention_mask ((B, L)): encoded prompts.
+            output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
+            return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
+
+        Raises:
+            ValueError: for a prompt and embeddings at once or neither, an impossible size, latents of a wrong shape,
+                an unknown output type.
+        """
+        shape = self.latent_shape(height, width)
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either `prompt` or `prompt_embeds`, and not both")
+        if prompt_embeds is not None and prompt_attention_mask is None:
+            raise ValueError("`prompt_embeds` need their `prompt_attention_mask`")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, but is {output_type}")
+
+        device = self._execution_device
+        if prompt_embeds is None:
+            c = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        else:
+            c = {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+        c = {k: v.to(device).repeat_interleave(num_images_per_prompt, dim=0) for k, v in c.items()}
+        shape = (len(c["encoder_hidden_states"]), *shape)
+
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, but have {tuple(latents.shape)}")
+        x0 = self.generate(self.transformer, latents.to(device), c)
+
+        if output_type == "latent":
+            images = x0
+        else:
+            pixels = self.decode(x0) * 2 - 1
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+        """Write `model_index.json` in the form that names this file, and the file itself beside it."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        source, index = inspect.getfile(type(self)), os.path.join(save_directory, self.config_name)
+        with open(index) as f:
+            config = json.load(f)
+        config["_class_name"] = ["pipeline_one_step", type(self).__name__]
+        with open(index, "w") as f:
+            json.dump(config, f, indent=2)
+            f.write("\n")
+        target = os.path.join(save_directory, "pipeline_one_step.py")
+        if not (os.path.exists(target) and os.path.samefile(source, target)):
+            shutil.copyfile(source, target)

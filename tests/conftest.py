@@ -1,0 +1,34 @@
+import pytest
+
+from diff_instruct import rewards
+from tests.tiny import PROMPTS, tiny_pixart, tiny_scorer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny PixArtAlphaPipeline."""
+    return tiny_pixart(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pocket(tmp_path_factory):
+    """Folder with two tiny scorers, laid out as `pocket/`."""
+    folder = tmp_path_factory.mktemp("pocket")
+    for seed, name in enumerate(("scorer", "scorer_heldout")):
+        (folder / name).mkdir()
+        tiny_scorer(folder / name, seed)
+    return folder
+
+
+@pytest.fixture
+def tiny_args(tmp_path, tiny_model, tiny_pocket, monkeypatch):
+    """Arguments of a run of a few steps on the tiny model; more can be appended."""
+    monkeypatch.setattr(rewards, "POCKET", tiny_pocket)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    return [
+        "--pretrained_model_name_or_path", tiny_model, "--train_prompts", str(prompts), "--eval_prompts", str(prompts),
+        "--reward", "pocket", "--heldout_reward", "pocket_heldout", "--output_dir", str(tmp_path / "out"),
+        "--train_batch_size", "2", "--max_train_steps", "4", "--num_eval_images", "2", "--num_eval_prompts", "3",
+        "--learning_rate", "1e-3", "--logging_steps", "1", "--validation_steps", "2", "--checkpointing_steps", "2",
+    ]  # fmt: skip

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""Diff-Instruct++: distil a text-to-image diffusion model into a one-step generator and align it, without images.
+
+`accelerate launch train_diff_instruct_pp.py --reward_scale 10 --cfg_scale 4.5` runs it on the embedded pocket reference.
+Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to Align with Human Preferences",
+arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diff_instruct.arguments import parse_args, trackable
+from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, save_trained_weights_only
+from diff_instruct.evaluation import compare, evaluate, fixed_noise
+from diff_instruct.export import export
+from diff_instruct.models import check_models, load_generator, load_reference
+from diff_instruct.objectives import denoising_loss, guide, ikl_gradient, reward_gradient, weight
+from diff_instruct.optimization import Stepper, averaged, ema_decay, make_optimizer
+from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
+from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
+from diff_instruct.rewards import load_reward
+from diff_instruct.schedule import NoiseSchedule
+from diff_instruct.teaching_assistant import make_teaching_assistant, reference_mode
+
+
+def main(args):
+    started = time.time()
+
+    # 1. Where it runs.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    device, processes = accelerator.device, accelerator.num_processes
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+
+    # 2. Mistakes show here, before anything large loads.
+    timestep = check_models(args)
+    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    train_prompts, eval_prompts = load_prompts(args)
+    validation_prompts = args.validation_prompts or eval_prompts[:8]
+
+    # 3. The actors: generator (in `pipe`, which is what is shipped), reference, teaching assistant, reward.
+    stock = load_reference(args, dtype)
+    pipe = load_generator(args, stock, timestep)
+    latent_shape = pipe.latent_shape(args.resolution, args.resolution)
+    reference = stock.transformer
+    ta = make_teaching_assistant(reference, args.ta_lora_rank, args.ta_lora_alpha)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+        ta.enable_gradient_checkpointing()
+    pipe.transformer.train()
+    ta.train()
+    for network in (reference, stock.text_encoder, stock.vae):
+        network.to(device)
+    reward = load_reward(args.reward, args.cache_dir).to(device)
+    heldout = load_reward(args.heldout_reward, args.cache_dir).to(device) if args.heldout_reward else None
+
+    # 4. Optimizers, average, data.
+    total_steps = args.pretrain_steps + args.max_train_steps
+    theta, theta_lr = make_optimizer(args, pipe.transformer, args.learning_rate, 1, total_steps)
+    psi, psi_lr = make_optimizer(args, ta, args.ta_learning_rate or args.learning_rate, args.ta_steps, total_steps)
+    ema = EMAModel(pipe.transformer.to(device).parameters()) if args.use_ema else None
+    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(
+        pipe.transformer, ta, theta, psi, theta_lr, psi_lr
+    )
+    step_theta = Stepper(accelerator, "generator", generator, theta, theta_lr, args.max_grad_norm)
+    step_psi = Stepper(accelerator, "teaching assistant", ta, psi, psi_lr, args.max_grad_norm)
+
+    schedule = NoiseSchedule(stock.scheduler, device)
+    encode = Conditioning(pipe.encode_prompt, device)
+    stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
+    sampler = Sampler(
+        stream, latent_shape, args.train_batch_size, args.seed, accelerator.process_index, processes, device
+    )
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
+
+    save_trained_weights_only(accelerator)
+    first_step, spent = 0, 0.0
+    if checkpoint:
+        state = load_checkpoint(accelerator, checkpoint, ema)
+        first_step, spent = state["step"], state["seconds"]
+        sampler.load_state_dict(state["sampler"])
+        step_theta.skipped, step_psi.skipped = state["skipped"]
+
+    # 5. The functions in Algorithm 1.
+    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in encode([""]).items()}
+
+    def sample():
+        """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)"""
+        prompts, z, eps, u = sampler()
+        return prompts, encode(prompts), z, schedule.timesteps(u, args.min_timestep, args.max_timestep), eps
+
+    def g(z, c):
+        """g_θ(z, c)"""
+        return pipe.generate(generator, z, c)
+
+    def x0_ta(x_t, t, c):
+        """x̂0 of s_ψ(x_t, t, c)"""
+        return schedule.x0(pipe.denoise(ta, x_t, t, c), x_t, t)
+
+    def x0_ref(x_t, t, c):
+        """x̂0 of s_ref(x_t, t, c)"""
+        with reference_mode(reference, args.ta_lora_rank > 0):
+            return schedule.x0(pipe.denoise(reference, x_t, t, c), x_t, t)
+
+    def forward_passes(network):
+        """The forward and backward passes of one optimizer step; processes exchange gradients in the last one."""
+        for i in range(args.gradient_accumulation_steps):
+            last = i == args.gradient_accumulation_steps - 1
+            with nullcontext() if last else accelerator.no_sync(network):
+                yield
+
+    # 6. The generator before, on fixed prompts and seeds that are never trained on.
+    history = History(args.output_dir, first_step) if accelerator.is_main_process else None
+    if args.report_to != "none":
+        accelerator.init_trackers(args.tracker_project_name, config=trackable(args))
+    noise = fixed_noise(latent_shape, 0, len(validation_prompts)).to(device)
+
+    def judge(prompts):
+        """Scores and pictures of the generator, averaged if there is an average."""
+        with averaged(ema, pipe.transformer):
+            scores = evaluate(accelerator, pipe, encode, prompts, args.num_eval_images, latent_shape, reward, heldout)
+            return scores, draw(pipe, encode, validation_prompts, noise)
+
+    before_file = Path(args.output_dir) / "before.safetensors"
+    if not checkpoint:
+        scores, pictures = judge(eval_prompts)
+        if accelerator.is_main_process:
+            save_file({"pictures": pictures.cpu(), **scores}, before_file)
+
+    # 7. Algorithm 1.
+    bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process)
+    for step in bar:
+        pretraining = step < args.pretrain_steps
+        alpha_rew = 0.0 if pretraining else args.reward_scale
+        alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
+
+        # θ is frozen; K_TA times: ψ takes a step on λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c).
+        for _ in range(args.ta_steps + (args.ta_warmup_steps if step == 0 else 0)):
+            for _ in forward_passes(ta):
+                _, c, z, t, eps = sample()
+                with torch.no_grad():
+                    x0 = g(z, c)
+                x_t = schedule.add_noise(x0, eps, t)
+                eps_hat = schedule.epsilon(pipe.denoise(ta, x_t, t, c), x_t, t)
+                ta_loss = denoising_loss(eps_hat, eps)
+                accelerator.backward(ta_loss / args.gradient_accumulation_steps)
+            step_psi()
+
+        # ψ is frozen; θ takes a step on −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩.
+        for _ in forward_passes(generator):
+            prompts, c, z, t, eps = sample()
+            x0 = g(z, c)
+            with torch.no_grad():
+                alpha, sigma = schedule(t)
+                x_t = schedule.add_noise(x0, eps, t)
+                from_ta, from_ref = x0_ta(x_t, t, c), x0_ref(x_t, t, c)
+                from_null = from_ref if alpha_cfg == 1 else x0_ref(x_t, t, null)
+                w = weight(args.weighting, alpha, sigma, x0, guide(from_ref, from_null, alpha_cfg))
+                grad_ikl, grad_cfg = ikl_gradient(from_ta, from_ref, from_null, alpha_cfg, w, alpha, sigma)
+            r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(x0)
+            if alpha_rew != 0:
+                r, grad_r = reward_gradient(x0, prompts, reward, pipe.decode, args.reward_batch_size or len(x0))
+            dL_dx0 = -alpha_rew * grad_r + grad_ikl + grad_cfg
+            accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
+        if step_theta() and ema is not None:
+            ema.decay = ema.min_decay = ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step)
+            ema.step(pipe.transformer.parameters())
+
+        # 8. What happened.
+        done = step + 1
+        if done % args.logging_steps == 0 or done == total_steps:
+            figures = {
+                "ta_loss": ta_loss.detach(),
+                "reward": r.mean(),
+                "norm_reward": alpha_rew * grad_r.flatten(1).norm(dim=1).mean(),
+                "norm_ikl": grad_ikl.flatten(1).norm(dim=1).mean(),
+                "norm_cfg": grad_cfg.flatten(1).norm(dim=1).mean(),
+                "x0_mean": x0.detach().mean(),
+                "x0_std": x0.detach().std(),
+            }
+            figures = {k: accelerator.reduce(v, "mean").item() for k, v in figures.items()}
+            figures["skipped_steps"] = step_theta.skipped + step_psi.skipped
+            figures["learning_rate"] = theta_lr.get_last_lr()[0]
+            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("reward", "ta_loss", "norm_ikl")})
+            if history:
+                history.log(accelerator, done, figures)
+        if args.validation_steps and done % args.validation_steps == 0:
+            scores, pictures = judge(eval_prompts[:16])
+            if history:
+                history.log(accelerator, done, {f"val_{k}": float(v.mean()) for k, v in scores.items()})
+                log_images(accelerator, done, pictures, validation_prompts)
+        if args.checkpointing_steps and done % args.checkpointing_steps == 0:
+            state = {
+                "step": done,
+                "seconds": spent + time.time() - started,
+                "sampler": sampler.state_dict(),
+                "skipped": [step_theta.skipped, step_psi.skipped],
+            }
+            save_checkpoint(accelerator, args.output_dir, done, state, ema, args.checkpoints_total_limit)
+
+    # 9. The generator after: scores, pictures, curves, and the pipeline that is shipped.
+    scores, pictures = judge(eval_prompts)
+    if accelerator.is_main_process:
+        before = load_file(before_file)
+        with reference_mode(reference, args.ta_lora_rank > 0):
+            reference_pictures = draw_reference(stock, validation_prompts, noise, args.cfg_scale)
+        titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
+        sheet = image_grid([reference_pictures, before.pop("pictures"), pictures], titles, validation_prompts)
+        sheet.save(Path(args.output_dir) / "samples.png")
+        history.plot(Path(args.output_dir) / "curves.png")
+        summary = {
+            **compare(before, scores),
+            "seconds": round(spent + time.time() - started, 1),
+            "steps": total_steps,
+            "skipped_steps": step_theta.skipped + step_psi.skipped,
+            "arguments": trackable(args),
+        }
+        pipe.transformer = accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
+        if ema is not None:
+            ema.copy_to(pipe.transformer.parameters())
+        export(args, pipe, summary, type(stock).__name__, validation_prompts[0])
+        report(args, summary)
+    accelerator.end_training()
+
+
+def report(args, summary):
+    """Print what came out and how to use it."""
+    for key in ("reward", "heldout", "diversity"):
+        if f"{key}_before" in summary:
+            low, high = summary[f"{key}_gain_ci95"]
+            print(f"{key:>10}: {summary[f'{key}_before']:.3f} -> {summary[f'{key}_after']:.3f} (gain {low:+.3f} .. {high:+.3f})")
+    print(f"""
+Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_summary.json. Use it with
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("{args.output_dir}", trust_remote_code=True)
+    image = pipe("a red apple").images[0]
+""")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
