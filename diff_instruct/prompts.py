@@ -1,5 +1,6 @@
 """Prompts, streamed through `datasets` from the Hub or from local files, and the samples that are drawn for them."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,9 @@ def open_prompts(source, name=None, split="train", column=None, local=False, cac
     if local:
         files = find_files(source)
         kind = FORMATS[Path(files[0]).suffix]
-        options = {"sep": "\t"} if files[0].endswith(".tsv") else {}
+        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" may be a prompt
+        if files[0].endswith(".tsv"):
+            options.update(sep="\t", quoting=csv.QUOTE_NONE)  # a quotation mark in a .tsv is part of the text
         if all(Path(f).stat().st_size == 0 for f in files):
             raise ValueError(f"{source} is empty: it must hold at least one prompt")
         dataset = load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache_dir, **options)
@@ -106,8 +109,9 @@ class PromptStream:
 
     def __next__(self):
         if self.iterator is None:
-            self.dataset.set_epoch(self.epoch)
-            self.iterator = iter(self.dataset.skip(self.position))
+            rest = self.dataset.skip(self.position)
+            rest.set_epoch(self.epoch)
+            self.iterator = iter(rest)
         for row in self.iterator:
             self.position += 1
             if row["text"] and row["text"].strip():

@@ -49,7 +49,22 @@ def build_vae(work_dir, accelerator):
         return F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 1e-4 * kl
 
     fit("vae", [vae], loss_fn, steps=2000, lr=1e-3, work_dir=work_dir, accelerator=accelerator)
+    whiten_latents(vae, pictures, accelerator)
     return vae
+
+
+@torch.no_grad()
+def whiten_latents(vae, pictures, accelerator):
+    """Give each latent channel mean 0 and deviation 1, exactly, by folding shift and scale into the two 1x1 convolutions."""
+    means = torch.cat([vae.encode(b.to(accelerator.device)).latent_dist.mode() for b in pictures.split(64)])
+    shift, scale = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    enc, dec, n = vae.quant_conv, vae.post_quant_conv, len(shift)
+    dec.bias += dec.weight[:, :, 0, 0] @ shift
+    dec.weight *= scale.view(1, n, 1, 1)
+    enc.weight[:n] /= scale.view(n, 1, 1, 1)
+    enc.bias[:n] = (enc.bias[:n] - shift) / scale
+    enc.bias[n:] -= 2 * scale.log()
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def make_tokenizer(captions):
@@ -101,14 +116,13 @@ def build_reference(vae, work_dir, accelerator):
     if not latents_file.exists():
         torch.save(encode_pictures(vae, work_dir, accelerator), latents_file)
     mean, std = torch.load(latents_file, weights_only=True).unbind(1)
-    vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 4))
     seen = torch.tensor([i for i in range(mean.shape[1]) if i // 2 not in set(captions["heldout"])])
 
     def loss_fn(generator, batch=96):
         variant = torch.randint(len(mean), (batch,), generator=generator)
         i = seen[torch.randint(len(seen), (batch,), generator=generator)]
         noise = torch.randn(2, batch, 8, 8, 8, generator=generator)
-        x0 = (mean[variant, i] + std[variant, i] * noise[0]) * vae.config.scaling_factor
+        x0 = mean[variant, i] + std[variant, i] * noise[0]
         t = torch.randint(1000, (batch,), generator=generator)
         rng = random.Random(torch.randint(2**31, (1,), generator=generator).item())
         texts = ["" if rng.random() < 0.1 else say(captions, int(k), rng) for k in i]
