@@ -1,6 +1,6 @@
 """One-step text-to-image pipeline: one evaluation of a diffusion network at one fixed timestep t*.
 
-This file travels with the weights, so it needs nothing but torch and diffusers (and transformers for the text encoder):
+This file travels with the weights, so it needs nothing but torch, diffusers and transformers:
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
@@ -79,7 +79,9 @@ class OneStepPipeline(DiffusionPipeline):
         self.register_to_config(timestep=timestep, max_sequence_length=max_sequence_length)
         steps = scheduler.config.num_train_timesteps
         if timestep is None or not 0 <= timestep < steps:
-            raise ValueError(f"OneStepPipeline needs the generator's timestep t* in 0..{steps - 1}, but got {timestep}")
+            raise ValueError(
+                f"OneStepPipeline needs the generator's timestep t* in 0..{steps - 1}, but got {timestep}"
+            )
         alphas_cumprod = scheduler.alphas_cumprod[timestep]
         self.alpha, self.sigma = alphas_cumprod.sqrt().item(), (1 - alphas_cumprod).sqrt().item()
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -106,7 +108,7 @@ class OneStepPipeline(DiffusionPipeline):
         """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
 
         Returns:
-            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L the longest prompt's tokens.
+            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L the longest prompt.
         """
         prompt = [p.lower().strip() for p in prompt]
         length = self.config.max_sequence_length

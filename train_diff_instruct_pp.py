@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Diff-Instruct++: distil a text-to-image diffusion model into a one-step generator and align it, without images.
 
-`accelerate launch train_diff_instruct_pp.py --reward_scale 10 --cfg_scale 4.5` runs it on the embedded pocket reference.
+`accelerate launch train_diff_instruct_pp.py --reward_scale 10 --cfg_scale 4.5` runs it on the pocket reference.
 Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to Align with Human Preferences",
 arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
 """
@@ -144,7 +144,9 @@ def main(args):
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
 
     # 7. Algorithm 1.
-    bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
+    )
     for step in bar:
         pretraining = step < args.pretrain_steps
         alpha_rew = 0.0 if pretraining else args.reward_scale
@@ -244,7 +246,8 @@ def report(args, summary):
     for key in ("reward", "heldout", "diversity"):
         if f"{key}_before" in summary:
             low, high = summary[f"{key}_gain_ci95"]
-            print(f"{key:>10}: {summary[f'{key}_before']:.3f} -> {summary[f'{key}_after']:.3f} (gain {low:+.3f} .. {high:+.3f})")
+            before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+            print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
     print(f"""
 Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_summary.json. Use it with
 

@@ -24,7 +24,7 @@ def build_parser():
     """All arguments; the defaults are those for real models (the paper's, where it gives them)."""
     parser = argparse.ArgumentParser(
         description="Distil a text-to-image diffusion model into a one-step generator and align it (Diff-Instruct++). "
-        "Without --pretrained_model_name_or_path it runs on the embedded pocket reference, with that model's defaults.",
+        "Without --pretrained_model_name_or_path it runs on the embedded pocket reference, with its defaults.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     yes_no = argparse.BooleanOptionalAction
@@ -38,7 +38,9 @@ def build_parser():
     g.add_argument("--revision", help="revision of the reference on the Hub")
     g.add_argument("--variant", help="variant of the reference's files, for example fp16")
     g.add_argument("--cache_dir", help="where downloads are kept")
-    g.add_argument("--timestep", type=int, help="t*, where the generator is evaluated; default: the generator's, else 400")
+    g.add_argument(
+        "--timestep", type=int, help="t*, where the generator is evaluated; default: the generator's, else 400"
+    )
     g.add_argument("--resolution", type=int, help="pixels of an image's side; default: the reference's")
 
     g = parser.add_argument_group("prompts")
@@ -48,8 +50,12 @@ def build_parser():
     g.add_argument("--train_prompts", help="instead: a .txt .csv .tsv .jsonl .json .parquet file, or a folder of them")
     g.add_argument("--caption_column", help="column with the prompts; may be left out if there is only one")
     g.add_argument("--max_train_samples", type=int, help="use only the first so many prompts")
-    g.add_argument("--shuffle_buffer_size", type=int, default=10_000, help="prompts among which the stream is shuffled")
-    g.add_argument("--eval_prompts", help="file of prompts to judge with; default: every 20th training prompt is held out")
+    g.add_argument(
+        "--shuffle_buffer_size", type=int, default=10_000, help="prompts among which the stream is shuffled"
+    )
+    g.add_argument(
+        "--eval_prompts", help="file of prompts to judge with; default: every 20th training prompt is held out"
+    )
     g.add_argument("--num_eval_prompts", type=int, default=64, help="how many prompts are judged, at most")
     g.add_argument("--num_eval_images", type=int, default=4, help="images (seeds) for each of them; at least 2")
     g.add_argument("--validation_prompts", nargs="+", help="prompts to draw; default: the first few eval prompts")
@@ -57,7 +63,9 @@ def build_parser():
 
     g = parser.add_argument_group("Algorithm 1")
     g.add_argument("--pretrain_steps", type=int, default=0, help="generator steps of distillation, without reward")
-    g.add_argument("--pretrain_cfg_scale", type=float, default=1.5, help="guidance α_cfg of the reference while pretraining")
+    g.add_argument(
+        "--pretrain_cfg_scale", type=float, default=1.5, help="guidance α_cfg of the reference while pretraining"
+    )
     g.add_argument("--max_train_steps", type=int, default=1000, help="generator steps of alignment")
     g.add_argument("--reward_scale", type=float, default=10.0, help="α_rew; the paper's: 0, 1, 10")
     g.add_argument(
@@ -66,9 +74,15 @@ def build_parser():
     )  # fmt: skip
     g.add_argument("--reward", default="clip", help=f"r(x, c): one of {', '.join(REWARDS)}")
     g.add_argument("--heldout_reward", help="a scorer that is only reported, never trained on")
-    g.add_argument("--reward_batch_size", type=int, help="images decoded and scored at a time; default: the whole batch")
-    g.add_argument("--ta_steps", type=int, default=1, help="K_TA, steps of the teaching assistant for one of the generator")
-    g.add_argument("--ta_warmup_steps", type=int, default=0, help="steps of the teaching assistant before the first one")
+    g.add_argument(
+        "--reward_batch_size", type=int, help="images decoded and scored at a time; default: the whole batch"
+    )
+    g.add_argument(
+        "--ta_steps", type=int, default=1, help="K_TA, steps of the teaching assistant for one of the generator"
+    )
+    g.add_argument(
+        "--ta_warmup_steps", type=int, default=0, help="steps of the teaching assistant before the first one"
+    )
     g.add_argument("--weighting", choices=WEIGHTINGS, default="dmd", help="w(t) of the integral KL")
     g.add_argument("--min_timestep", type=float, default=0.02, help="π(t) starts here, as a fraction of the schedule")
     g.add_argument("--max_timestep", type=float, default=0.98, help="π(t) ends here, as a fraction of the schedule")
@@ -90,7 +104,9 @@ def build_parser():
     g.add_argument("--use_ema", action=yes_no, default=True, help="judge and export an average of the generator")
     g.add_argument("--ema_decay", type=float, default=0.95, help="of the average, per step, while aligning")
     g.add_argument("--ema_halflife", type=float, default=50_000, help="of the average, in images, while pretraining")
-    g.add_argument("--ema_rampup_ratio", type=float, default=0.05, help="the half-life is at most this part of the images seen")
+    g.add_argument(
+        "--ema_rampup_ratio", type=float, default=0.05, help="the half-life is at most this part of the images seen"
+    )
     g.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
     g.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what accelerate is configured for")
     g.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and newer")

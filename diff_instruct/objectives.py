@@ -12,7 +12,7 @@ WEIGHTINGS = ("dmd", "x0", "eps", "score")
 
 
 def denoising_loss(eps_hat, eps):
-    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖² with λ = σ², that is ‖ε̂_ψ − ε‖²; per element and sample (DI++ eq. 8)."""
+    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖² with λ = σ², that is ‖ε̂_ψ − ε‖²; the mean over elements."""
     return ((eps_hat - eps) ** 2).mean()
 
 
@@ -24,7 +24,7 @@ def guide(x0_cond, x0_uncond, cfg_scale):
 def weight(weighting, alpha, sigma, x0, x0_ref):
     """w(t), (B, 1, 1, 1), of the integral KL divergence; x̃0_ref is the guided reference's estimate.
 
-    `score`: 1; `eps`: σ/α; `x0`: σ²/α²; `dmd`: σ²/α² over the mean of abs(x0 − x̃0_ref) of the sample (DMD eq. 8).
+    `score`: 1; `eps`: σ/α; `x0`: σ²/α²; `dmd`: σ²/α² over the mean of abs(x0 − x̃0_ref) of the sample (as in DMD).
     All are divided by √d: the `dmd` gradient of a sample then has a norm near 1 at any latent size, so that one range
     of α_rew serves all models whose rewards have unit spread.
 
@@ -55,7 +55,7 @@ def ikl_gradient(x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma):
 
     Returns:
         `α w (s_ψ − s_ref(c))`, the divergence from the unguided reference, and
-        `−α w (α_cfg − 1)(s_ref(c) − s_ref(∅))`, the implicit reward of classifier-free guidance (DI++ section 3.4).
+        `−α w (α_cfg − 1)(s_ref(c) − s_ref(∅))`, the implicit reward of classifier-free guidance.
         Their sum is the gradient.
     """
     divergence = score_difference(x0_ta, x0_cond, alpha, sigma)

@@ -57,7 +57,7 @@ class Stepper:
         self.skipped += not finite
         if self.in_a_row == MAX_NONFINITE_STEPS:
             raise FloatingPointError(
-                f"the gradient of the {self.name} was not finite {MAX_NONFINITE_STEPS} times in a row; nothing of it was "
+                f"the gradient of the {self.name} was not finite {MAX_NONFINITE_STEPS} times in a row; nothing was "
                 "applied. Resume from the last checkpoint with a lower learning rate, and look at the reward."
             )
         return finite

@@ -48,7 +48,9 @@ class History:
             for key in keys:
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
                 if points:
-                    axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+                    axis.plot(
+                        *zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_")
+                    )
                     axis.legend()
             axis.set(title=title, xlabel="generator step")
             axis.grid(alpha=0.3)
@@ -80,7 +82,9 @@ def image_grid(columns, titles, prompts, size=None):
 @torch.no_grad()
 def draw(pipe, encode, prompts, noise):
     """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W)."""
-    images = [pipe.decode(pipe.generate(pipe.transformer, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)]
+    images = [
+        pipe.decode(pipe.generate(pipe.transformer, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)
+    ]
     return torch.cat(images)
 
 

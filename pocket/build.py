@@ -1,23 +1,48 @@
-"""Build everything in `pocket/` from nothing but two npm packages: `python -m pocket.build` (about 3 hours on 2 cores).
+"""Build everything in `pocket/` from two npm packages: `python -m pocket.build` (under 3 hours on 2 cores).
 
 Stages, each resumable: data -> vae -> reference -> scorers -> generator -> report.
 """
 
 import argparse
+import csv
+import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel, T5Tokenizer
 
+from diff_instruct.checkpoints import list_checkpoints
+from diff_instruct.rewards import load_reward
+from diff_instruct.rewards.clip import ClipReward
 from pocket import data
 from pocket.fit import fit
 
 
 HERE = Path(__file__).parent
+SCORERS = {
+    "pocket": {"patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "pocket_heldout": {"patch_size": 16, "hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5},
+}
+GENERATOR_COMMAND = (
+    "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
+    "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout "
+    "--pretrain_steps 1200 --max_train_steps 0 --pretrain_cfg_scale 1.5 --train_batch_size 32 --learning_rate 2e-4"
+)
 
 
 def flippable(captions):
@@ -55,7 +80,7 @@ def build_vae(work_dir, accelerator):
 
 @torch.no_grad()
 def whiten_latents(vae, pictures, accelerator):
-    """Give each latent channel mean 0 and deviation 1, exactly, by folding shift and scale into the two 1x1 convolutions."""
+    """Give each latent channel mean 0 and deviation 1, exactly, by folding that into the two 1x1 convolutions."""
     means = torch.cat([vae.encode(b.to(accelerator.device)).latent_dist.mode() for b in pictures.split(64)])
     shift, scale = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     enc, dec, n = vae.quant_conv, vae.post_quant_conv, len(shift)
@@ -140,8 +165,17 @@ def build_reference(vae, work_dir, accelerator):
         return (weight * (out - eps) ** 2).mean()
 
     networks = [transformer, text_encoder]
-    fit("reference", networks, loss_fn, steps=5500, lr=8e-4, work_dir=work_dir, accelerator=accelerator, ema_decay=0.9995)
-    return transformer, text_encoder, tokenizer, scheduler
+    fit(
+        "reference",
+        networks,
+        loss_fn,
+        steps=4500,
+        lr=8e-4,
+        work_dir=work_dir,
+        accelerator=accelerator,
+        ema_decay=0.9995,
+    )
+    return transformer, text_encoder, tokenizer
 
 
 def build_scorer(name, vision, seed, work_dir, accelerator):
@@ -151,7 +185,8 @@ def build_scorer(name, vision, seed, work_dir, accelerator):
     torch.manual_seed(seed)
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+        "num_attention_heads": 4, "max_position_embeddings": 24,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     vision = {"image_size": data.RESOLUTION, "intermediate_size": 2 * vision["hidden_size"], **vision}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
@@ -173,23 +208,150 @@ def build_scorer(name, vision, seed, work_dir, accelerator):
         target = same / same.sum(1, keepdim=True)
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
-    fit(name, [model], loss_fn, steps=1000, lr=1e-3, work_dir=work_dir, accelerator=accelerator, seed=seed)
+    fit(name, [model], loss_fn, steps=700, lr=1e-3, work_dir=work_dir, accelerator=accelerator, seed=seed)
     return model, tokenizer, left_out
+
+
+def export_reference(vae, transformer, text_encoder, tokenizer):
+    """`pocket/reference`: a PixArtAlphaPipeline in half precision, with the sampler that PixArt-α ships with."""
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", num_train_timesteps=1000)
+    pipe = PixArtAlphaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+    pipe.to(torch.float16).save_pretrained(HERE / "reference")
+
+
+def load_pocket_reference():
+    """The committed reference, in float32, as a stock pipeline."""
+    pipe = PixArtAlphaPipeline.from_pretrained(str(HERE / "reference"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, prompts, guidance_scale, seed=0, steps=25):
+    """Pixels (B, 3, 64, 64) in [0, 1] of the reference in many steps."""
+    generator, images = torch.Generator().manual_seed(seed), []
+    for i in range(0, len(prompts), 64):
+        images.append(
+            pipe(
+                prompts[i : i + 64], guidance_scale=guidance_scale, num_inference_steps=steps, generator=generator,
+                height=data.RESOLUTION, width=data.RESOLUTION, use_resolution_binning=False, clean_caption=False,
+                output_type="pt", max_sequence_length=24,
+            ).images
+        )  # fmt: skip
+    return torch.cat(images)
+
+
+def export_scorer(name, model, tokenizer, captions):
+    """A scorer in half precision; its reward is in units of its spread on unguided samples of the reference."""
+    folder = HERE / {"pocket": "scorer", "pocket_heldout": "scorer_heldout"}[name]
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompts = random.Random(0).sample(captions["names"], 256)
+    images = sample(load_pocket_reference(), prompts, guidance_scale=1.0)
+    scorer = ClipReward(str(folder), [0.5] * 3, [0.5] * 3)
+    with torch.no_grad():
+        cosine = scorer(images, prompts)
+    scale = {"mean": round(cosine.mean().item(), 4), "std": round(cosine.std().item(), 4)}
+    (folder / "reward.json").write_text(json.dumps(scale) + "\n")
+
+
+def export_prompts(captions):
+    """`prompts_train.txt` and `prompts_heldout.txt`, one prompt a line."""
+    heldout = set(captions["heldout"])
+    train = sorted({s for i, group in enumerate(captions["synonyms"]) if i not in heldout for s in group})
+    (HERE / "prompts_train.txt").write_text("\n".join(train) + "\n")
+    names = [captions["names"][i] for i in captions["heldout"]]
+    (HERE / "prompts_heldout.txt").write_text("\n".join(names) + "\n")
+
+
+def build_generator(work_dir):
+    """`pocket/generator`: the one-step generator that this project's own pretrain stage distils from the reference."""
+    out = Path(work_dir) / "generator"
+    command = [
+        "accelerate", "launch", "train_diff_instruct_pp.py", "--output_dir", str(out), *GENERATOR_COMMAND.split()
+    ]  # fmt: skip
+    if not (out / "training_summary.json").exists():
+        resume = ["--resume_from_checkpoint", "latest"] if list_checkpoints(out) else []
+        subprocess.run([*command, *resume], cwd=HERE.parent, check=True)
+    pipe = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipe.transformer.to(torch.float16).save_pretrained(HERE / "generator" / "transformer")
+    shutil.copyfile(out / "model_index.json", HERE / "generator" / "model_index.json")
+    shutil.copyfile(out / "curves.png", HERE / "generator" / "curves.png")
+
+
+@torch.no_grad()
+def retrieval_rate(scorer, images, prompts, captions, n=100, seed=0):
+    """How often the scorer ranks an image's own caption first among n captions."""
+    rng, hits = random.Random(seed), []
+    text = dict(zip(captions["names"], scorer.text_features(captions["names"])))
+    for feature, prompt in zip(scorer.image_features(images), prompts):
+        others = rng.sample([c for c in captions["names"] if c != prompt], n - 1)
+        scores = torch.stack([text[c] for c in [prompt, *others]]) @ feature
+        hits.append(scores.argmax().item() == 0)
+    return sum(hits) / len(hits)
+
+
+def report(work_dir, left_out):
+    """`report.json` (retrieval among 100 captions), `samples.png` and `curves.png` of the reference."""
+    pictures, captions = data.load(work_dir)
+    pictures = pictures / 2 + 0.5
+    heldout = [captions["names"][i] for i in captions["heldout"]]
+    train = random.Random(1).sample(sorted(set(captions["names"]) - set(heldout)), 200)
+    position = {name: i for i, name in enumerate(captions["names"])}
+    pipe, figures = load_pocket_reference(), {}
+    groups = {"training_captions": train, "heldout_captions": heldout}
+    samples = {
+        (group, g): sample(pipe, prompts, guidance_scale=g) for group, prompts in groups.items() for g in (1.0, 4.5)
+    }
+    for name in ("pocket", "pocket_heldout"):
+        scorer, result = load_reward(name), {}
+        for group, prompts in groups.items():
+            real = torch.cat([pictures[2 * position[p] : 2 * position[p] + 2] for p in prompts])
+            result[group] = {
+                "real_pictures": retrieval_rate(scorer, real, [p for p in prompts for _ in range(2)], captions),
+                **{
+                    f"25_steps_guidance_{g}": retrieval_rate(scorer, samples[group, g], prompts, captions)
+                    for g in (1.0, 4.5)
+                },
+            }
+        names = [captions["names"][i // 2] for i in left_out[name]]
+        result["real_pictures_it_was_not_trained_on"] = retrieval_rate(
+            scorer, pictures[left_out[name]], names, captions
+        )
+        figures[name] = result
+    (HERE / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+    prompts = [*train[:56], *heldout[:40]]
+    images = torch.cat([samples["training_captions", 4.5][:56], samples["heldout_captions", 4.5][:40]])
+    grid = images.view(8, 12, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(8 * 64, 12 * 64, 3)
+    Image.fromarray((grid * 255).round().byte().numpy()).save(HERE / "samples.png")
+    (HERE / "samples.txt").write_text("\n".join(", ".join(prompts[i : i + 12]) for i in range(0, 96, 12)) + "\n")
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3), layout="constrained")
+    for axis, name in zip(axes, ("vae", "reference", "pocket", "pocket_heldout")):
+        with (Path(work_dir) / f"{name}.csv").open() as f:
+            points = [(int(step), float(loss)) for step, loss, _ in csv.reader(f)]
+        axis.plot(*zip(*points))
+        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.savefig(HERE / "curves.png", dpi=70)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", default="pocket-build", help="where intermediate results go (about 1 GB)")
-    args = parser.parse_args()
+    work_dir = parser.parse_args().work_dir
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="bf16")
-    data.prepare(args.work_dir)
-    vae = build_vae(args.work_dir, accelerator)
-    build_reference(vae, args.work_dir, accelerator)
-    build_scorer("pocket", {"patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}, 1,
-                 args.work_dir, accelerator)
-    build_scorer("pocket_heldout", {"patch_size": 16, "hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5}, 2,
-                 args.work_dir, accelerator)
+    data.prepare(work_dir)
+    _, captions = data.load(work_dir)
+    vae = build_vae(work_dir, accelerator)
+    export_reference(vae, *build_reference(vae, work_dir, accelerator))
+    left_out = {}
+    for seed, (name, vision) in enumerate(SCORERS.items(), start=1):
+        model, tokenizer, left_out[name] = build_scorer(name, vision, seed, work_dir, accelerator)
+        export_scorer(name, model, tokenizer, captions)
+    export_prompts(captions)
+    report(work_dir, left_out)
+    build_generator(work_dir)
 
 
 if __name__ == "__main__":

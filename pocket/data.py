@@ -40,7 +40,7 @@ def clean(text):
 
 
 def wanted(entry):
-    """Six pictorial categories and coloured shapes. Flags, skin tones, letters and 24 clock faces dilute a small model."""
+    """Six pictorial categories and coloured shapes: flags, letters and 24 clock faces dilute a small model."""
     pictorial = entry["category"] in CATEGORIES or entry["subcategory"] == "geometric"
     drawn = all(entry[f"has_img_{s}"] for s in SETS)
     return pictorial and drawn and not entry["name"].startswith("CLOCK FACE")
@@ -77,7 +77,9 @@ def prepare(work_dir):
         if not archive.exists():
             subprocess.run(["npm", "pack", f"{package}@{VERSION}"], cwd=work_dir, check=True, capture_output=True)
         with tarfile.open(archive) as tar:
-            archives.append({m.name: tar.extractfile(m).read() for m in tar if "/64/" in m.name or "emoji.json" in m.name})
+            archives.append(
+                {m.name: tar.extractfile(m).read() for m in tar if "/64/" in m.name or "emoji.json" in m.name}
+            )
     entries = [e for e in json.loads(archives[0]["package/emoji.json"]) if wanted(e)]
 
     pictures = []

@@ -46,7 +46,12 @@ def fit(name, networks, loss_fn, steps, lr, work_dir, accelerator, ema_decay=0.9
             rows.append((step, f"{loss.item():.5f}", f"{group['lr']:.2e}"))
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps:
-            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict(), "step": step + 1}
+            state = {
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
             with log_file.open("a", newline="") as f:

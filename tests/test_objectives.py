@@ -119,7 +119,7 @@ def test_weightings_meet_their_definition(weighting):
 
 
 def test_gradient_norm_does_not_depend_on_latent_size():
-    """The inner product is a sum over elements and w carries 1/√d: ten times the elements, the same norm per sample."""
+    """The inner product is a sum over elements and w carries 1/√d: more elements, the same norm per sample."""
     alpha, sigma = schedule(torch.full((64,), 400))
     norms = []
     for shape in ((1, 4, 4), (4, 32, 32)):

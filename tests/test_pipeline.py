@@ -98,7 +98,9 @@ def test_index_names_the_file_and_t_star(exported):
 
 
 def test_call_options(pipe):
-    many = pipe(PROMPTS[:2], num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    many = pipe(
+        PROMPTS[:2], num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
     assert many.shape == (4, 16, 16, 3) and many.min() >= 0 and many.max() <= 1
     (latents,) = pipe("fire", output_type="latent", return_dict=False, latents=noise(1))
     assert latents.shape == (1, 4, 8, 8)

@@ -1,13 +1,238 @@
+"""Runs of a few steps on the tiny model: what is written, what is trained, what survives a kill."""
+
 import json
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_diff_instruct_pp as script
 from diff_instruct.arguments import parse_args
-from train_diff_instruct_pp import main
+from diff_instruct.optimization import ema_decay
 
 
-def test_smoke(tiny_args, tmp_path):
-    main(parse_args(tiny_args))
+def run(arguments):
+    script.main(parse_args([str(a) for a in arguments]))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def checkpoints(folder):
+    return sorted(p.name for p in Path(folder).glob("*checkpoint-*"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys):
+    run(tiny_args)
     out = tmp_path / "out"
     for name in ("model_index.json", "README.md", "samples.png", "curves.png", "pipeline_one_step.py"):
         assert (out / name).stat().st_size > 0
     summary = json.loads((out / "training_summary.json").read_text())
-    assert summary["n_prompts"] == 3 and summary["n_images"] == 6
+    for key in ("reward", "heldout", "diversity"):
+        low, high = summary[f"{key}_gain_ci95"]
+        assert low <= summary[f"{key}_after"] - summary[f"{key}_before"] <= high
+    assert summary["n_prompts"] == 3 and summary["n_images"] == 6 and summary["seconds"] > 0
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history if "ta_loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in history if "val_reward" in row] == [2, 4]
+    assert all(
+        row["norm_ikl"] > 0 and row["norm_cfg"] > 0 and row["norm_reward"] > 0 for row in history if "ta_loss" in row
+    )
+    assert list((out / "logs").rglob("events*"))
+    card = (out / "README.md").read_text()
+    assert "{{" not in card and f"{summary['reward_after']:.3f}" in card
+    assert "from diffusers import DiffusionPipeline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--ta_lora_rank", 2], ["--gradient_checkpointing"], ["--mixed_precision", "bf16"],
+     ["--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"]],
+)  # fmt: skip
+def test_only_generator_and_ta_are_trained(tiny_args, monkeypatch, options):
+    """After a run: every trained parameter has moved; the reference's outputs are the same bit for bit."""
+    seen = {}
+
+    def load_reference(*args):
+        seen["stock"] = script_load_reference(*args)
+        seen["before"] = {k: v.clone() for k, v in seen["stock"].transformer.state_dict().items()}
+        return seen["stock"]
+
+    def load_generator(*args):
+        seen["pipe"] = script_load_generator(*args)
+        seen["start"] = {k: v.clone() for k, v in seen["pipe"].transformer.state_dict().items()}
+        return seen["pipe"]
+
+    def make_teaching_assistant(*args):
+        seen["ta"] = script_make_ta(*args)
+        seen["ta_start"] = {k: v.clone() for k, v in seen["ta"].named_parameters() if v.requires_grad}
+        return seen["ta"]
+
+    script_load_reference, script_load_generator = script.load_reference, script.load_generator
+    script_make_ta = script.make_teaching_assistant
+    monkeypatch.setattr(script, "load_reference", load_reference)
+    monkeypatch.setattr(script, "load_generator", load_generator)
+    monkeypatch.setattr(script, "make_teaching_assistant", make_teaching_assistant)
+    run([*tiny_args, *options])
+
+    after = {
+        k.replace(".base_layer", ""): v for k, v in seen["stock"].transformer.state_dict().items() if "lora" not in k
+    }
+    assert same(seen["before"], after)
+    trained = {k: v for k, v in seen["ta"].named_parameters() if v.requires_grad}
+    assert trained.keys() == seen["ta_start"].keys() and all(v.dtype == torch.float32 for v in trained.values())
+    assert all("lora" in k for k in trained) == ("--ta_lora_rank" in options)
+    assert all(not torch.equal(v, seen["ta_start"][k]) for k, v in trained.items())
+    generator = dict(seen["pipe"].transformer.named_parameters())
+    assert all(v.dtype == torch.float32 and not torch.equal(v, seen["start"][k]) for k, v in generator.items())
+    for network in (seen["stock"].vae, seen["stock"].text_encoder):
+        assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2], ["--gradient_accumulation_steps", 2, "--ta_steps", 2]])
+def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatch, options):
+    """Pretrain 2 and align 4 steps; killed in step 4, after checkpoint-2 (between the stages) was written."""
+    options = [*tiny_args, "--pretrain_steps", 2, *options]
+    run([*options, "--output_dir", tmp_path / "whole"])
+
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return ema_decay(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(script, "ema_decay", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run([*options, "--output_dir", tmp_path / "killed"])
+    assert checkpoints(tmp_path / "killed") == ["checkpoint-2"]
+    run([*options, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest"])
+
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "killed")]
+    for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
+        assert summaries[0][key] == summaries[1][key]
+    logs = [(tmp_path / n / "history.jsonl").read_text() for n in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_a_half_written_checkpoint_is_ignored(tiny_args, tmp_path, monkeypatch):
+    run([*tiny_args, "--max_train_steps", 2])
+    (tmp_path / "out" / "partial-checkpoint-9").mkdir()
+    (tmp_path / "out" / "checkpoint-9x").mkdir()
+    run([*tiny_args, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"])
+    assert "checkpoint-4" in checkpoints(tmp_path / "out")
+
+
+def test_checkpoints_total_limit(tiny_args, tmp_path):
+    run([*tiny_args, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2])
+    assert checkpoints(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_checkpoint_of_a_lora_ta_holds_no_base_weights(tiny_args, tmp_path):
+    run([*tiny_args, "--ta_lora_rank", 2])
+    state = load_file(tmp_path / "out" / "checkpoint-4" / "model_1.safetensors")
+    assert state and all("lora" in key for key in state)
+
+
+def test_average_is_what_ships(tiny_args, tmp_path):
+    """With constant decay d: after n steps the average is (1 − d) Σ d^(n − i) θ_i, the first step taken whole."""
+    options = [*tiny_args, "--checkpointing_steps", 1, "--max_train_steps", 3, "--ema_decay", 0.8]
+    run(options)
+    theta = [load_file(tmp_path / "out" / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2, 3)]
+    shipped = weights(tmp_path / "out")
+    for key, value in theta[0].items():
+        expected = 0.8 * (0.8 * value + 0.2 * theta[1][key]) + 0.2 * theta[2][key]
+        torch.testing.assert_close(shipped[key], expected, atol=1e-6, rtol=1e-5)
+    run([*options, "--no-use_ema", "--output_dir", tmp_path / "plain"])
+    assert all(torch.equal(v, theta[2][k]) for k, v in weights(tmp_path / "plain").items() if k in theta[2])
+
+
+def test_ema_decay_ramps_up_while_pretraining():
+    class Args:
+        ema_decay, ema_halflife, ema_rampup_ratio = 0.95, 1000, 0.05
+
+    assert ema_decay(Args, False, 32, 32) == 0.95
+    assert ema_decay(Args, True, 100, 100) < 1e-6
+    assert ema_decay(Args, True, 100, 10**9) == pytest.approx(0.5**0.1)
+
+
+def test_accumulation_equals_the_larger_batch(tiny_args, tmp_path):
+    common = [*tiny_args, "--max_train_steps", 2, "--adam_epsilon", 1e-3]
+    run([*common, "--train_batch_size", 4, "--output_dir", tmp_path / "large"])
+    run([*common, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "small"])
+    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
+    for key in large:
+        torch.testing.assert_close(large[key], small[key], atol=2e-6, rtol=1e-4)
+
+
+def test_pretraining_uses_no_reward(tiny_args, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "reward_gradient", None)
+    run([*tiny_args, "--pretrain_steps", 3, "--max_train_steps", 0])
+    assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["steps"] == 3
+
+
+def test_alignment_starts_from_a_pretrained_generator(tiny_args, tmp_path):
+    run(
+        [
+            *tiny_args,
+            "--pretrain_steps",
+            2,
+            "--max_train_steps",
+            0,
+            "--timestep",
+            300,
+            "--output_dir",
+            tmp_path / "pre",
+        ]
+    )
+    run([*tiny_args, "--pretrained_generator_name_or_path", tmp_path / "pre"])
+    first, second = (json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("pre", "out"))
+    assert second["reward_before"] == pytest.approx(first["reward_after"], abs=1e-4)
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["timestep"] == 300
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_spoil_nothing(tiny_args, tmp_path, monkeypatch):
+    def broken(x0, *args):
+        return torch.zeros(len(x0)), torch.full_like(x0, float("nan"))
+
+    saved = []
+    monkeypatch.setattr(script, "reward_gradient", broken)
+    monkeypatch.setattr(script, "export", lambda *args: saved.append(args))
+    with pytest.raises(FloatingPointError, match="generator was not finite 3 times in a row"):
+        run([*tiny_args, "--checkpointing_steps", 1])
+    assert not saved
+    start, last = (load_file(tmp_path / "out" / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2))
+    assert same(start, last)  # skipped steps leave the generator as it was
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--pretrained_model_name_or_path", "/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
+        (["--train_prompts", "/nowhere.txt"], "--train_prompts: no such file or folder"),
+        (["--reward", "beauty"], "unknown reward `beauty`; known are pocket"),
+        (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
+        (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7 is not a finished checkpoint"),
+        (["--caption_column", "Prompt"], "no column `Prompt`"),
+        (["--dataset_name", "user/set"], "either --dataset_name or --train_prompts"),
+        (["--timestep", "1000"], r"t\* in 0\.\.999"),
+        (["--resolution", "17"], "multiples of 4"),
+        (["--num_eval_images", "1"], "at least 2"),
+        (["--ta_steps", "0"], "must be at least 1"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_write_nothing(tiny_args, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run([*tiny_args, *options])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("out/*"))

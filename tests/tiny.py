@@ -8,7 +8,15 @@ from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel, T5Toke
 
 
 WORDS = "a an the red blue green apple cat dog heart fire moon with and big small".split()
-PROMPTS = ["a red apple", "blue cat", "the big dog with a heart", "green moon", "fire", "small red heart", "cat and dog"]
+PROMPTS = [
+    "a red apple",
+    "blue cat",
+    "the big dog with a heart",
+    "green moon",
+    "fire",
+    "small red heart",
+    "cat and dog",
+]
 
 
 def tiny_tokenizer():
@@ -34,7 +42,9 @@ def tiny_pixart(folder, seed=0):
     for p in transformer.parameters():  # the zero-initialised parts, too, so that every input matters
         torch.nn.init.normal_(p, std=0.1)
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
-    PixArtAlphaPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(folder)
+    PixArtAlphaPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(
+        folder
+    )
     return str(folder)
 
 

@@ -16,7 +16,9 @@ class ClipReward(torch.nn.Module):
 
     def __init__(self, path, pixel_mean, pixel_std, mean=0.0, std=1.0, cache_dir=None):
         super().__init__()
-        self.model = CLIPModel.from_pretrained(path, cache_dir=cache_dir, dtype=torch.float32).eval().requires_grad_(False)
+        self.model = (
+            CLIPModel.from_pretrained(path, cache_dir=cache_dir, dtype=torch.float32).eval().requires_grad_(False)
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1))
