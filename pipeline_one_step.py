@@ -108,11 +108,11 @@ class OneStepPipeline(DiffusionPipeline):
         """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
 
         Returns:
-            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L the longest prompt.
+            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L = `max_sequence_length`.
         """
         prompt = [p.lower().strip() for p in prompt]
         length = self.config.max_sequence_length
-        tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         tokens = tokens.to(self.text_encoder.device)
         embeds = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}

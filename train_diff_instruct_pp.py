@@ -221,7 +221,7 @@ def main(args):
     if accelerator.is_main_process:
         before = load_file(before_file)
         with reference_mode(reference, args.ta_lora_rank > 0):
-            reference_pictures = draw_reference(stock, validation_prompts, noise, args.cfg_scale)
+            reference_pictures = draw_reference(stock, pipe.decode, validation_prompts, noise, args.cfg_scale)
         titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
         sheet = image_grid([reference_pictures, before.pop("pictures"), pictures], titles, validation_prompts)
         sheet.save(Path(args.output_dir) / "samples.png")

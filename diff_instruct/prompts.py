@@ -169,23 +169,30 @@ class Sampler:
 class Conditioning:
     """Prompts to the conditioning c that the networks take; every prompt is encoded once and kept on the CPU.
 
+    The encoder always sees batches of one shape, so that a prompt's embedding does not depend, not even by rounding, on
+    what was encoded with it: a continued run, whose memory is empty, sees the same numbers.
+
     Args:
         encode_prompt: `OneStepPipeline.encode_prompt`.
+        batch_size (`int`): prompts encoded at a time.
         max_entries (`int`): the oldest prompts are forgotten beyond this number.
     """
 
-    def __init__(self, encode_prompt, device, max_entries=20_000):
-        self.encode_prompt, self.device, self.max_entries = encode_prompt, device, max_entries
+    def __init__(self, encode_prompt, device, batch_size=16, max_entries=20_000):
+        self.encode_prompt, self.device = encode_prompt, device
+        self.batch_size, self.max_entries = batch_size, max_entries
         self.cache = {}
 
     @torch.no_grad()
     def __call__(self, prompts):
         """c of B prompts: a dictionary of tensors with B rows, on the device."""
         new = sorted(set(prompts) - self.cache.keys())
-        if new:
-            encoded = {k: v.cpu() for k, v in self.encode_prompt(new).items()}
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            filled = part + [""] * (self.batch_size - len(part))
+            encoded = {k: v.cpu() for k, v in self.encode_prompt(filled).items()}
             lengths = encoded["encoder_attention_mask"].sum(dim=1).tolist()
-            for i, (prompt, n) in enumerate(zip(new, lengths)):
+            for i, (prompt, n) in enumerate(zip(part, lengths)):
                 self.cache[prompt] = {k: v[i, :n].clone() for k, v in encoded.items()}
         rows = [self.cache[p] for p in prompts]
         while len(self.cache) > self.max_entries:

@@ -89,18 +89,15 @@ def draw(pipe, encode, prompts, noise):
 
 
 @torch.no_grad()
-def draw_reference(stock, prompts, noise, cfg_scale):
+def draw_reference(stock, decode, prompts, noise, cfg_scale):
     """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance."""
     stock.set_progress_bar_config(disable=True)
+    noise = noise.to(next(stock.transformer.parameters()).dtype)
     height, width = (n * stock.vae_scale_factor for n in noise.shape[-2:])
-    images = [
-        stock(
-            prompt, latents=z[None], num_inference_steps=REFERENCE_STEPS, guidance_scale=cfg_scale, height=height,
-            width=width, use_resolution_binning=False, clean_caption=False, output_type="pt",
-        ).images.float()
-        for prompt, z in zip(prompts, noise)
-    ]  # fmt: skip
-    return torch.cat(images)
+    size = {"height": height, "width": width, "use_resolution_binning": False}
+    options = {"num_inference_steps": REFERENCE_STEPS, "guidance_scale": cfg_scale, "clean_caption": False, **size}
+    latents = [stock(c, latents=z[None], output_type="latent", **options).images for c, z in zip(prompts, noise)]
+    return torch.cat([decode(x0) for x0 in latents]).clamp(0, 1)
 
 
 def log_images(accelerator, step, images, prompts):

@@ -107,8 +107,8 @@ def say(captions, i, rng):
 
 
 @torch.no_grad()
-def encode_pictures(vae, work_dir, accelerator, variants=6):
-    """Latent mean and std of six augmentations of every picture, (variants, 2N, 8, 8, 8); variant 0 is the picture."""
+def encode_pictures(vae, work_dir, accelerator, variants=2):
+    """Latent mean and std, (variants, 2, 2N, 8, 8, 8), of every picture: as it is, and moved or mirrored."""
     pictures, captions = data.load(work_dir)
     may_flip, generator = flippable(captions), torch.Generator().manual_seed(0)
     rounds = []
@@ -169,7 +169,7 @@ def build_reference(vae, work_dir, accelerator):
         "reference",
         networks,
         loss_fn,
-        steps=4500,
+        steps=5500,
         lr=8e-4,
         work_dir=work_dir,
         accelerator=accelerator,

@@ -1,7 +1,17 @@
-import pytest
+import os
 
-from diff_instruct import rewards
-from tests.tiny import PROMPTS, tiny_pixart, tiny_scorer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from diff_instruct import rewards  # noqa: E402
+from tests.tiny import PROMPTS, tiny_pixart, tiny_scorer  # noqa: E402
+
+
+torch.set_num_threads(1)  # tiny networks are faster so
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +28,13 @@ def tiny_pocket(tmp_path_factory):
         (folder / name).mkdir()
         tiny_scorer(folder / name, seed)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its settings in the process; each test starts without them."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
