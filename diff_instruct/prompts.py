@@ -169,8 +169,8 @@ class Sampler:
 class Conditioning:
     """Prompts to the conditioning c that the networks take; every prompt is encoded once and kept on the CPU.
 
-    The encoder always sees batches of one shape, so that a prompt's embedding does not depend, not even by rounding, on
-    what was encoded with it: a continued run, whose memory is empty, sees the same numbers.
+    The encoder always sees batches of one shape, so that a prompt's embedding does not depend, not even by rounding,
+    on what was encoded with it: a continued run, whose memory is empty, sees the same numbers.
 
     Args:
         encode_prompt: `OneStepPipeline.encode_prompt`.

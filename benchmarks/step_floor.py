@@ -1,0 +1,96 @@
+"""How far one iteration of Algorithm 1 is from the bare network passes that it needs: `python benchmarks/step_floor.py`.
+
+Both sides run in one process, in turn, on the pocket reference; the ratio is the figure. The floor of an iteration with
+K_TA = 1, guidance and reward: the TA's step (generator forward; TA forward and backward) and the generator's (generator
+forward and backward; TA forward; reference forward for c and for ∅; decoder and scorer forward and backward), and
+both optimizers' steps.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_diff_instruct_pp as script  # noqa: E402
+from diff_instruct.arguments import parse_args  # noqa: E402
+from diff_instruct.models import load_generator, load_reference  # noqa: E402
+from diff_instruct.rewards import load_reward  # noqa: E402
+from diff_instruct.teaching_assistant import make_teaching_assistant  # noqa: E402
+
+
+def bare_iterations(args, n):
+    """Seconds of n iterations of nothing but the network passes and optimizer steps."""
+    stock = load_reference(args, torch.float32)
+    pipe = load_generator(args, stock, 400)
+    generator, reference = pipe.transformer.train(), stock.transformer
+    ta, reward = make_teaching_assistant(reference).train(), load_reward(args.reward)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0, 0.999)) for m in (generator, ta)]
+    prompts = [f"a red apple {i}" for i in range(args.train_batch_size)]
+    c = {k: v[:, :8] for k, v in pipe.encode_prompt(prompts).items()}
+    z, t = torch.randn(len(prompts), *pipe.latent_shape()), torch.full((len(prompts),), 400)
+    seconds = []
+    for _ in range(n):
+        start = time.perf_counter()
+        with torch.no_grad():
+            x0 = pipe.denoise(generator, z, t, c)
+        pipe.denoise(ta, x0, t, c).square().mean().backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        x0 = pipe.denoise(generator, z, t, c)
+        with torch.no_grad():
+            gradient = pipe.denoise(ta, x0, t, c) - pipe.denoise(reference, x0, t, c)
+            gradient += pipe.denoise(reference, x0, t, c)
+        part = x0.detach().requires_grad_()
+        gradient += torch.autograd.grad(reward(pipe.decode(part), prompts).sum(), part)[0]
+        x0.backward(gradient)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def script_iterations(args):
+    """Seconds between iterations of the script itself."""
+    stamps = []
+
+    class Sampler(script.Sampler):
+        def __call__(self):
+            stamps.append(time.perf_counter())
+            return super().__call__()
+
+    original, script.Sampler = script.Sampler, Sampler
+    try:
+        script.main(args)
+    finally:
+        script.Sampler = original
+    starts = stamps[::2]  # two draws an iteration: the TA's and the generator's
+    return [b - a for a, b in zip(starts, starts[1:])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=15, help="on each side, in three rounds")
+    n = parser.parse_args().iterations
+    args = parse_args(
+        f"--max_train_steps {n // 3 + 2} --ta_warmup_steps 0 --validation_steps 0 --checkpointing_steps 0 "
+        "--report_to none --num_eval_prompts 2 --output_dir /tmp/step-floor".split()
+    )
+    torch.manual_seed(0)
+    bare, full = [], []
+    for _ in range(3):
+        bare += bare_iterations(args, n // 3 + 2)[2:]
+        full += script_iterations(args)[1:]
+    figures = {"bare_seconds": statistics.median(bare), "script_seconds": statistics.median(full)}
+    figures["ratio"] = figures["script_seconds"] / figures["bare_seconds"]
+    print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

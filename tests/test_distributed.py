@@ -1,0 +1,50 @@
+"""Two processes on the CPU through `accelerate launch`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diff_instruct.arguments import parse_args
+from tests.test_training import weights
+from tests.tiny import PROMPTS
+from train_diff_instruct_pp import main
+
+
+def launch(pocket, arguments):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    command += [str(Path(__file__).with_name("launch_tiny.py")), str(pocket), *map(str, arguments)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2]])
+def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tiny_pocket, tmp_path, options):
+    """The same weights and the same evaluation; and a checkpoint of two processes is continued by two."""
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("\n".join(f"{p} {w}" for p in PROMPTS for w in ("red", "blue", "green", "moon", "fire", "cat")))
+    common = [*tiny_args, "--train_prompts", prompts, "--max_train_steps", 3, "--adam_epsilon", 1e-3]
+    common += ["--checkpointing_steps", 2, *options]
+    main(parse_args([str(a) for a in [*common, "--train_batch_size", 4, "--output_dir", tmp_path / "one"]]))
+    two = [*common, "--train_batch_size", 2, "--output_dir", tmp_path / "two"]
+    launch(tiny_pocket, two)
+    one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in one:
+        torch.testing.assert_close(one[key], both[key], atol=2e-6, rtol=1e-4)
+    summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("one", "two")]
+    for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
+        assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-4)
+
+    launch(tiny_pocket, [*two, "--resume_from_checkpoint", "latest"])
+    again = weights(tmp_path / "two")
+    assert all(torch.equal(both[key], again[key]) for key in both)

@@ -1,0 +1,58 @@
+"""The commands of README.md: every one parses, and the files that it names are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from diff_instruct.arguments import build_parser, parse_args
+from diff_instruct.models import check_models
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def commands():
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "pocket/README.md"))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
+    return [line.split("train_diff_instruct_pp.py", 1)[1] for line in blocks.splitlines() if "train_diff_instruct_pp.py" in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command):
+    build_parser().parse_args(shlex.split(command))
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 3
+
+
+def test_the_bare_command_uses_the_pocket_reference(tmp_path):
+    args = parse_args(["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", str(tmp_path)])
+    assert (args.reward, args.heldout_reward) == ("pocket", "pocket_heldout")
+    assert args.num_eval_prompts * args.num_eval_images >= 256
+    assert check_models(args) == 400
+
+
+def test_ones_own_prompts_replace_the_pocket_s(tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("fire\n")
+    args = parse_args(["--train_prompts", str(prompts), "--output_dir", str(tmp_path)])
+    assert args.train_prompts == str(prompts) and args.eval_prompts is None
+
+
+def test_an_argument_given_wins_over_the_pocket_s_default(tmp_path):
+    args = parse_args(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])
+    assert args.learning_rate == 0.5
+
+
+def test_pocket_is_small_enough():
+    files = [p for p in (ROOT / "pocket").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in files) <= 40e6
+
+
+def test_the_pipeline_imports_nothing_of_ours():
+    source = (ROOT / "pipeline_one_step.py").read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
+    assert imported == {"inspect", "json", "os", "shutil", "torch", "diffusers", "transformers"}
