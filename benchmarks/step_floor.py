@@ -1,9 +1,9 @@
-"""How far one iteration of Algorithm 1 is from the bare network passes that it needs: `python benchmarks/step_floor.py`.
+"""How far an iteration of Algorithm 1 is from the network passes that it needs: `python benchmarks/step_floor.py`.
 
-Both sides run in one process, in turn, on the pocket reference; the ratio is the figure. The floor of an iteration with
-K_TA = 1, guidance and reward: the TA's step (generator forward; TA forward and backward) and the generator's (generator
-forward and backward; TA forward; reference forward for c and for ∅; decoder and scorer forward and backward), and
-both optimizers' steps.
+Both sides run in one process, in turn, on the pocket reference; the ratio is the figure. The floor of an iteration
+with K_TA = 1, guidance and reward: the TA's step (generator forward; TA forward and backward) and the generator's
+(generator forward and backward; TA forward; reference forward for c and for ∅; decoder and scorer forward and
+backward), and both optimizers' steps.
 """
 
 import argparse

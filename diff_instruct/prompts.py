@@ -1,6 +1,7 @@
 """Prompts, streamed through `datasets` from the Hub or from local files, and the samples that are drawn for them."""
 
 import csv
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,8 @@ class PromptStream:
 
     def __next__(self):
         if self.iterator is None:
-            rest = self.dataset.skip(self.position)
-            rest.set_epoch(self.epoch)
-            self.iterator = iter(rest)
+            self.dataset.set_epoch(self.epoch)  # `skip` would drop rows before they are shared out, not after
+            self.iterator = islice(iter(self.dataset), self.position, None)
         for row in self.iterator:
             self.position += 1
             if row["text"] and row["text"].strip():

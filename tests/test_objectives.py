@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diff_instruct.objectives import WEIGHTINGS, denoising_loss, guide, ikl_gradient, reward_gradient, weight
+from diff_instruct.objectives import KAPPA, WEIGHTINGS, denoising_loss, guide, ikl_gradient, reward_gradient, weight
 from diff_instruct.schedule import NoiseSchedule
 
 
 S, MU, M = 0.6, 0.8, -0.3  # reference: variance, conditional and unconditional mean
 SHAPE = (1, 4, 4)
 D = 16
+W = KAPPA / D**0.5  # the constant in w(t)
 schedule = NoiseSchedule(DDPMScheduler(beta_schedule="linear"))
 
 
@@ -44,14 +45,14 @@ def gradient_in_a_b(a, b, t, n, cfg_scale=1.0, weighting="score", reward_scale=0
 @pytest.mark.parametrize("t", [50, 400, 900])
 @pytest.mark.parametrize("reward_scale", [0.0, 2.0])
 def test_gradient_is_that_of_reward_and_integral_kl(t, reward_scale):
-    """Item 1: d/d(a, b) of −α_rew E r + w KL_t, with w = 1/√d (`score`)."""
+    """Item 1: d/d(a, b) of −α_rew E r + w KL_t, with w = κ/√d (`score`)."""
     a, b, k = torch.tensor(1.3, requires_grad=True), torch.tensor(0.1, requires_grad=True), 0.05
     alpha, sigma = (s.item() for s in schedule(torch.tensor([t])))
     u, v = alpha**2 * a**2 + sigma**2, alpha**2 * S + sigma**2
     kl = 0.5 * (u / v + alpha**2 * (b - MU) ** 2 / v - 1 - torch.log(u / v))
-    (kl / D**0.5 - reward_scale * k * b).backward()
+    (kl * W - reward_scale * k * b).backward()
     got = gradient_in_a_b(1.3, 0.1, t, 200_000, reward_scale=reward_scale, k=k)
-    assert got == pytest.approx((a.grad.item(), b.grad.item()), abs=2e-3)
+    assert got == pytest.approx((a.grad.item(), b.grad.item()), abs=W * 8e-3)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.5])
@@ -60,8 +61,8 @@ def test_guided_gradient(cfg_scale):
     t, b = 300, 0.1
     alpha, sigma = (s.item() for s in schedule(torch.tensor([t])))
     v = alpha**2 * S + sigma**2
-    expected = alpha**2 / v * ((b - MU) + (cfg_scale - 1) * (M - MU)) / D**0.5
-    assert gradient_in_a_b(1.3, b, t, 200_000, cfg_scale)[1] == pytest.approx(expected, abs=2e-3)
+    expected = alpha**2 / v * ((b - MU) + (cfg_scale - 1) * (M - MU)) * W
+    assert gradient_in_a_b(1.3, b, t, 200_000, cfg_scale)[1] == pytest.approx(expected, abs=W * 8e-3)
 
 
 @pytest.mark.parametrize("weighting", ["score", "eps", "x0"])
@@ -96,19 +97,19 @@ def test_dmd_weighting_normalises_each_sample():
         x0, ta, ref = scale * x
         w = weight("dmd", alpha, sigma, x0, ref)
         gradient, _ = ikl_gradient(ta, ref, ref, 1.0, w, alpha, sigma)
-        torch.testing.assert_close(gradient, (ta - ref) / (x0 - ref).abs().mean(dim=(1, 2, 3), keepdim=True) / D**0.5)
+        torch.testing.assert_close(gradient, (ta - ref) / (x0 - ref).abs().mean(dim=(1, 2, 3), keepdim=True) * W)
         norms.append(gradient)
     torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings_meet_their_definition(weighting):
-    """The table of weightings: what multiplies x̂0_ψ − x̃0_ref, times √d."""
+    """The table of weightings: what multiplies x̂0_ψ − x̃0_ref, over κ/√d."""
     x0, ta, ref = torch.randn(3, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 300, 700, 980])
     alpha, sigma = schedule(t)
     w = weight(weighting, alpha, sigma, x0, ref)
-    gradient = ikl_gradient(ta, ref, ref, 1.0, w, alpha, sigma)[0] * D**0.5
+    gradient = ikl_gradient(ta, ref, ref, 1.0, w, alpha, sigma)[0] / W
     scale = {
         "score": (alpha / sigma) ** 2,
         "eps": alpha / sigma,
@@ -119,7 +120,7 @@ def test_weightings_meet_their_definition(weighting):
 
 
 def test_gradient_norm_does_not_depend_on_latent_size():
-    """The inner product is a sum over elements and w carries 1/√d: more elements, the same norm per sample."""
+    """The inner product is a sum over elements and w carries κ/√d: more elements, the same norm per sample."""
     alpha, sigma = schedule(torch.full((64,), 400))
     norms = []
     for shape in ((1, 4, 4), (4, 32, 32)):

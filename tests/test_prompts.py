@@ -82,12 +82,13 @@ def test_stream_is_shuffled_anew_in_each_epoch_and_complete(tmp_path):
     assert epochs[0] != epochs[1] and epochs[0] != texts(numbered(tmp_path))
 
 
+@pytest.mark.parametrize("share", [(0, 1), (0, 2), (1, 2), (2, 3)])
 @pytest.mark.parametrize("taken", [7, 100, 130])
-def test_stream_continues_exactly(tmp_path, taken):
-    stream = PromptStream(numbered(tmp_path), seed=3, buffer_size=20)
+def test_stream_continues_exactly(tmp_path, taken, share):
+    stream = PromptStream(numbered(tmp_path), 3, 20, *share)
     for _ in range(taken):
         next(stream)
-    again = PromptStream(numbered(tmp_path), seed=3, buffer_size=20)
+    again = PromptStream(numbered(tmp_path), 3, 20, *share)
     again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert list(islice(stream_of(stream), 90)) == list(islice(stream_of(again), 90))
 

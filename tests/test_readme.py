@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def commands():
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "pocket/README.md"))
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
-    return [line.split("train_diff_instruct_pp.py", 1)[1] for line in blocks.splitlines() if "train_diff_instruct_pp.py" in line]
+    return [
+        line.split("train_diff_instruct_pp.py", 1)[1]
+        for line in blocks.splitlines()
+        if "train_diff_instruct_pp.py" in line
+    ]
 
 
 @pytest.mark.parametrize("command", commands())
