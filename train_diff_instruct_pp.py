@@ -6,6 +6,7 @@ Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to
 arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
 """
 
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -46,6 +47,8 @@ def main(args):
     device, processes = accelerator.device, accelerator.num_processes
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
@@ -142,6 +145,7 @@ def main(args):
         scores, pictures = judge(eval_prompts)
         if accelerator.is_main_process:
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
+            history.log(accelerator, 0, {f"val_{k}": float(v[:16].mean()) for k, v in scores.items()})
 
     # 7. Algorithm 1.
     bar = tqdm(

@@ -58,9 +58,9 @@ class History:
         plt.close(figure)
 
 
-def image_grid(columns, titles, prompts, size=None):
+def image_grid(columns, titles, prompts):
     """One picture: a row for each prompt, a column for each (title, images (B, 3, H, W) in [0, 1])."""
-    size = size or max(96, columns[0].shape[-1])
+    size = max(150, columns[0].shape[-1])  # wide enough for the titles
     label, head = 230, 26
     sheet = Image.new("RGB", (label + (size + 4) * len(columns), head + (size + 4) * len(prompts)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

@@ -41,7 +41,8 @@ SCORERS = {
 GENERATOR_COMMAND = (
     "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
     "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout "
-    "--pretrain_steps 1200 --max_train_steps 0 --pretrain_cfg_scale 4.5 --train_batch_size 32 --learning_rate 2e-4"
+    "--pretrain_steps 1200 --max_train_steps 0 --pretrain_cfg_scale 4.5 --train_batch_size 32 --learning_rate 2e-4 "
+    "--mixed_precision bf16 --validation_steps 200 --checkpointing_steps 100"
 )
 
 

@@ -31,8 +31,9 @@ def tiny_pocket(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its settings in the process; each test starts without them."""
+def fresh_accelerator(monkeypatch):
+    """accelerate keeps its settings in the process; each test starts without them, and stays with one thread."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
