@@ -162,3 +162,20 @@ def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, 
     assert not any(n.startswith("checkpoint") or n.startswith("events") or n == "before.safetensors" for n in names)
     assert all(b"hf_secret" not in p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert len(load(str(hub))("a red apple").images) == 1
+
+
+def test_the_pipeline_s_own_push_to_hub(pipe, tmp_path, monkeypatch):
+    """`pipe.push_to_hub`, as every diffusers pipeline has it: what arrives at huggingface_hub loads."""
+    import shutil
+
+    from diffusers.utils import hub_utils
+
+    def upload_folder(repo_id, folder_path, **_):
+        shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    pipe.push_to_hub("me/apples")
+    z = noise(1)
+    pushed = load(str(tmp_path / "hub"))("a red apple", latents=z, output_type="pt").images
+    torch.testing.assert_close(pushed, pipe("a red apple", latents=z, output_type="pt").images)

@@ -1,7 +1,5 @@
 """Scorers: gradients reach the pixels, sizes and formats do not matter, names are checked."""
 
-import json
-
 import pytest
 import torch
 
@@ -69,19 +67,10 @@ def test_scores_do_not_depend_on_the_batch(scorer):
 
 
 def test_nothing_of_a_scorer_is_trained(scorer):
-    assert not scorer.training or not scorer.model.training
+    assert not scorer.model.training
     assert all(not p.requires_grad for p in scorer.parameters())
 
 
 def test_unknown_reward_lists_the_known():
     with pytest.raises(ValueError, match="unknown reward `beauty`; known are pocket, pocket_heldout, clip"):
         load_reward("beauty")
-
-
-def test_the_pocket_scorers_tell_captions_apart():
-    """The committed scorers on the committed pictures of the reference: see pocket/report.json."""
-    from diff_instruct.rewards import POCKET
-
-    report = json.loads((POCKET / "report.json").read_text())
-    for name in ("pocket", "pocket_heldout"):
-        assert report[name]["real_pictures_it_was_not_trained_on"] > 0.3
