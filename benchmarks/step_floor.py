@@ -31,7 +31,7 @@ def bare_iterations(args, n):
     pipe = load_generator(args, stock, 400)
     generator, reference = pipe.transformer.train(), stock.transformer
     ta, reward = make_teaching_assistant(reference).train(), load_reward(args.reward)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0, 0.999)) for m in (generator, ta)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0.0, 0.999)) for m in (generator, ta)]
     prompts = [f"a red apple {i}" for i in range(args.train_batch_size)]
     c = {k: v[:, :8] for k, v in pipe.encode_prompt(prompts).items()}
     z, t = torch.randn(len(prompts), *pipe.latent_shape()), torch.full((len(prompts),), 400)
