@@ -140,7 +140,7 @@ def main(args):
             scores = evaluate(accelerator, pipe, encode, prompts, args.num_eval_images, latent_shape, reward, heldout)
             return scores, draw(pipe, encode, validation_prompts, noise)
 
-    before_file = Path(args.output_dir) / "before.safetensors"
+    before_file = Path(checkpoint.parent if checkpoint else args.output_dir) / "before.safetensors"
     if not checkpoint:
         scores, pictures = judge(eval_prompts)
         if accelerator.is_main_process:

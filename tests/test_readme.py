@@ -51,6 +51,11 @@ def test_an_argument_given_wins_over_the_pocket_s_default(tmp_path):
     assert args.learning_rate == 0.5
 
 
+def test_the_readme_s_prompt_file_needs_no_column():
+    """The file that README.md makes is plain text, so none of its commands may name a column of it."""
+    assert not any("my_prompts.txt" in c and "--caption_column" in c for c in commands())
+
+
 def test_pocket_is_small_enough():
     files = [p for p in (ROOT / "pocket").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) <= 40e6

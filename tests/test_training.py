@@ -132,6 +132,13 @@ def test_a_half_written_checkpoint_is_ignored(tiny_args, tmp_path, monkeypatch):
     assert "checkpoint-4" in checkpoints(tmp_path / "out")
 
 
+def test_a_run_can_go_on_from_a_checkpoint_in_another_folder(tiny_args, tmp_path):
+    run([*tiny_args, "--output_dir", tmp_path / "whole"])
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    run([*tiny_args, "--output_dir", tmp_path / "moved", "--resume_from_checkpoint", checkpoint])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "moved"))
+
+
 def test_checkpoints_total_limit(tiny_args, tmp_path):
     run([*tiny_args, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2])
     assert checkpoints(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
