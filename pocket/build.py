@@ -170,7 +170,7 @@ def build_reference(vae, work_dir, accelerator):
         "reference",
         networks,
         loss_fn,
-        steps=5500,
+        steps=11000,
         lr=8e-4,
         work_dir=work_dir,
         accelerator=accelerator,
