@@ -21,11 +21,14 @@ from tqdm.auto import tqdm
 
 from diff_instruct.arguments import parse_args, trackable
 from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, save_trained_weights_only
+from diff_instruct.configs import read_models
 from diff_instruct.evaluation import compare, evaluate, fixed_noise
 from diff_instruct.export import export
-from diff_instruct.models import check_models, load_generator, load_reference
+from diff_instruct.lora import trainable
+from diff_instruct.memory import plan, table
+from diff_instruct.models import load_generator, load_reference, null_condition
 from diff_instruct.objectives import denoising_loss, guide, ikl_gradient, reward_gradient, weight
-from diff_instruct.optimization import Stepper, averaged, ema_decay, make_optimizer
+from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
 from diff_instruct.rewards import load_reward
@@ -52,39 +55,43 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
-    timestep = check_models(args)
+    check_accelerations(args, device)
+    models = read_models(args)
+    accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     train_prompts, eval_prompts = load_prompts(args)
     validation_prompts = args.validation_prompts or eval_prompts[:8]
+    if args.dry_run:
+        return
 
     # 3. The actors: generator (in `pipe`, which is what is shipped), reference, teaching assistant, reward.
-    stock = load_reference(args, dtype)
-    pipe = load_generator(args, stock, timestep)
+    stock = load_reference(args, models, dtype)
+    pipe = load_generator(args, models, stock)
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
-    reference = stock.transformer
+    reference = getattr(stock, models.denoiser)
     ta = make_teaching_assistant(reference, args.ta_lora_rank, args.ta_lora_alpha)
     if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        pipe.denoiser.enable_gradient_checkpointing()
         ta.enable_gradient_checkpointing()
-    pipe.transformer.train()
+    if args.enable_xformers_memory_efficient_attention:
+        for network in (pipe.denoiser, ta, reference):
+            network.enable_xformers_memory_efficient_attention()
+    pipe.denoiser.train()
     ta.train()
-    for network in (reference, stock.text_encoder, stock.vae):
-        network.to(device)
+    stock.to(device)
     reward = load_reward(args.reward, args.cache_dir).to(device)
     heldout = load_reward(args.heldout_reward, args.cache_dir).to(device) if args.heldout_reward else None
 
     # 4. Optimizers, average, data.
     total_steps = args.pretrain_steps + args.max_train_steps
-    theta, theta_lr = make_optimizer(args, pipe.transformer, args.learning_rate, 1, total_steps)
+    theta, theta_lr = make_optimizer(args, pipe.denoiser, args.learning_rate, 1, total_steps)
     psi, psi_lr = make_optimizer(args, ta, args.ta_learning_rate or args.learning_rate, args.ta_steps, total_steps)
-    ema = EMAModel(pipe.transformer.to(device).parameters()) if args.use_ema else None
-    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(
-        pipe.transformer, ta, theta, psi, theta_lr, psi_lr
-    )
+    ema = EMAModel(trainable(pipe.denoiser.to(device))) if args.use_ema else None
+    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(pipe.denoiser, ta, theta, psi, theta_lr, psi_lr)
     step_theta = Stepper(accelerator, "generator", generator, theta, theta_lr, args.max_grad_norm)
     step_psi = Stepper(accelerator, "teaching assistant", ta, psi, psi_lr, args.max_grad_norm)
 
-    schedule = NoiseSchedule(stock.scheduler, device)
+    schedule = NoiseSchedule(pipe.scheduler, device)
     encode = Conditioning(pipe.encode_prompt, device)
     stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
     sampler = Sampler(
@@ -101,7 +108,7 @@ def main(args):
         step_theta.skipped, step_psi.skipped = state["skipped"]
 
     # 5. The functions in Algorithm 1.
-    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in encode([""]).items()}
+    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null_condition(stock, encode).items()}
 
     def sample():
         """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)"""
@@ -136,7 +143,7 @@ def main(args):
 
     def judge(prompts):
         """Scores and pictures of the generator, averaged if there is an average."""
-        with averaged(ema, pipe.transformer):
+        with averaged(ema, pipe.denoiser):
             scores = evaluate(accelerator, pipe, encode, prompts, args.num_eval_images, latent_shape, reward, heldout)
             return scores, draw(pipe, encode, validation_prompts, noise)
 
@@ -186,7 +193,7 @@ def main(args):
             accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
         if step_theta() and ema is not None:
             ema.decay = ema.min_decay = ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step)
-            ema.step(pipe.transformer.parameters())
+            ema.step(trainable(pipe.denoiser))
 
         # 8. What happened.
         done = step + 1
@@ -237,10 +244,8 @@ def main(args):
             "skipped_steps": step_theta.skipped + step_psi.skipped,
             "arguments": trackable(args),
         }
-        pipe.transformer = accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
-        if ema is not None:
-            ema.copy_to(pipe.transformer.parameters())
-        export(args, pipe, summary, type(stock).__name__, validation_prompts[0])
+        with averaged(ema, pipe.denoiser):
+            export(args, pipe, summary, type(stock), validation_prompts[0])
         report(args, summary)
     accelerator.end_training()
 
