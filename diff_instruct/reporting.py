@@ -15,7 +15,7 @@ PANELS = {
     "judged on held-out prompts": ["val_reward", "val_heldout"],
     "diversity within a prompt": ["val_diversity"],
     "loss of the teaching assistant": ["ta_loss"],
-    "gradient at x0, norm per sample": ["norm_reward", "norm_ikl", "norm_cfg"],
+    "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
     "x0": ["x0_mean", "x0_std"],
 }
 
