@@ -1,9 +1,9 @@
 """Real architectures at full size with random weights: `python benchmarks/full_size.py sd15 --mixed_precision bf16`.
 
 Builds the pipeline of one of `benchmarks/architectures` in a temporary folder, with random weights, runs alignment
-steps of the training script on it, and prints seconds per step and, on a GPU, peak memory beside the plan's prediction.
-T5 is built with one of its 24 layers: the prompts are nothing but random embeddings here. All other arguments are those
-of the training script.
+steps of the training script on it, and prints seconds per step and, on a GPU, peak memory beside the plan. T5 is built
+with one of its 24 layers: the prompts are nothing but random embeddings here. All other arguments are those of the
+training script.
 """
 
 import argparse

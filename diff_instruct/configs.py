@@ -68,6 +68,8 @@ def empty_network(path, name, library, class_name, **where):
                 return cls.from_config(cls.load_config(path, subfolder=name, **where))
         cls = getattr(transformers, class_name)
         file = cached_file(path, "config.json", subfolder=name, **where)
+        if file is None:  # so says transformers, for a folder
+            raise FileNotFoundError
         config = cls.config_class.from_json_file(file)
         with init_empty_weights():
             return cls(config)
