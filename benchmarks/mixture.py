@@ -3,8 +3,9 @@
 The reference is eight Gaussians on a circle, with its exact noised score. The generator is a small MLP z -> x0 that
 starts at random, the teaching assistant (TA) a small MLP that is trained along; the loop is Algorithm 1, through the
 functions of `diff_instruct/objectives.py` that training runs. Every run trains several seeds side by side, as a stack
-of networks that share nothing. Each divergence is run twice: with the noise levels π(t) of the script, 0.02 to 0.98,
-and with low ones only, and both again with an affine generator, which can only draw one Gaussian. It draws `benchmarks/mixture.png` and prints the table.
+of networks that share nothing. Each divergence is run with the noise levels π(t) of the script, 0.02 to 0.98, and with
+low ones only, and both again with an affine generator, which can only draw one Gaussian. It draws
+`benchmarks/mixture.png` and prints the table. A sample counts for its nearest mode, near or far.
 """
 
 import argparse
