@@ -95,7 +95,8 @@ def main(args):
     # 4. Optimizers, average, data.
     total_steps = args.pretrain_steps + args.max_train_steps
     theta, theta_lr = make_optimizer(args, pipe.denoiser, args.learning_rate, 1, total_steps)
-    psi, psi_lr = make_optimizer(args, ta, args.ta_learning_rate or args.learning_rate, args.ta_steps, total_steps)
+    ta_rate = args.learning_rate if args.ta_learning_rate is None else args.ta_learning_rate
+    psi, psi_lr = make_optimizer(args, ta, ta_rate, args.ta_steps, total_steps)
     ema = EMAModel(trainable(pipe.denoiser.to(device))) if args.use_ema else None
     generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(pipe.denoiser, ta, theta, psi, theta_lr, psi_lr)
     step_theta = Stepper(accelerator, "generator", generator, theta, theta_lr, args.max_grad_norm)

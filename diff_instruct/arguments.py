@@ -196,6 +196,9 @@ def check_args(args):
             raise ValueError(f"--{name} must be at least 1")
     if args.num_eval_images < 2:
         raise ValueError("--num_eval_images must be at least 2: diversity is measured between images of one prompt")
+    for name in ("learning_rate", "ta_learning_rate"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name} must be positive")
     if args.huber_c <= 0:
         raise ValueError("--huber_c must be positive: at 0 the distance has no gradient where the scores agree")
     if args.divergence == "score" and args.reward_mode == "diffused":

@@ -1,13 +1,16 @@
 """The methods of the Diff-Instruct family, each as defaults for `--preset`; arguments that are given win over them.
 
-A value without a comment defines the method. Where a paper's value is not known to us, the comment says so.
+A preset sets what makes the method: divergence, where the reward acts, what is switched off. These follow the papers'
+formulas. Of the numbers, only α_cfg and α_rew of `di++` are a paper's, and the ones that `di` and `sim` switch off.
+SIM's, DI*'s and DIDR's own α_rew, α_cfg, c, k and w(t) are not known to us: there a number is the script's default
+(α_rew 10, α_cfg 4.5, `--huber_c` 0.01, `--weighting dmd`) or a guess of ours, and is to be tuned.
 """
 
 PRESETS = {
     # Diff-Instruct, arXiv 2305.18455: the integral KL to the reference, without guidance or reward.
     "di": {"divergence": "ikl", "reward_scale": 0.0, "cfg_scale": 1.0},
     # Score Implicit Matching, arXiv 2410.16794: the score-based divergence, without reward.
-    "sim": {"divergence": "score", "score_distance": "pseudo_huber", "reward_scale": 0.0},
+    "sim": {"divergence": "score", "score_distance": "pseudo_huber", "reward_scale": 0.0},  # α_cfg: default
     # Diff-Instruct++, arXiv 2410.18881.
     "di++": {
         "divergence": "ikl",
@@ -23,5 +26,10 @@ PRESETS = {
         "reward_mode": "clean",
     },
     # Diff-Instruct with Diffused Reward, arXiv 2605.24001.
-    "didr": {"divergence": "ikl", "reward_mode": "diffused", "diffused_reward_steps": 1},
+    "didr": {
+        "divergence": "ikl",
+        "reward_mode": "diffused",
+        "diffused_reward_steps": 1,  # ours: the least; the paper's is not known to us
+        "reward_scale": 3.0,  # ours: on the pocket reference the reward then pulls as the divergence does (README)
+    },
 }

@@ -193,6 +193,7 @@ def test_presets_set_arguments_and_given_ones_win(tmp_path):
         (["--huber_c", "0"], "--huber_c must be positive"),
         (["--reward_mode", "diffused", "--divergence", "score"], "--reward_mode diffused needs --divergence ikl"),
         (["--diffused_reward_steps", "0"], "--diffused_reward_steps must be at least 1"),
+        (["--ta_learning_rate", "0"], "--ta_learning_rate must be positive"),
     ],
 )
 def test_mistakes_end_with_one_line(tiny_args, options, message):
