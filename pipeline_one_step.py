@@ -1,6 +1,7 @@
 """One-step text-to-image pipeline: one evaluation of a diffusion network at one fixed timestep t*.
 
-This file travels with the weights, so it needs nothing but torch, diffusers and transformers:
+It runs three families: PixArt-α, Stable Diffusion (1.x and 2.x) and SDXL. This file travels with the weights, so it
+needs nothing but torch, diffusers and transformers:
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
@@ -13,11 +14,11 @@ import os
 import shutil
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def predict_x0(output, x_t, alpha, sigma, prediction_type):
@@ -41,40 +42,133 @@ def predict_x0(output, x_t, alpha, sigma, prediction_type):
     raise ValueError(f"prediction_type `{prediction_type}` is not one of epsilon, sample, v_prediction")
 
 
+class PixArtAlpha:
+    """PixArt-α: a transformer with learned sigma that attends to T5's states, under their mask."""
+
+    # What c consists of, and the arguments of the pipeline that give it.
+    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        prompt, length = [p.lower().strip() for p in prompt], pipe.config.max_sequence_length
+        tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokens.to(pipe.text_encoder.device)
+        embeds = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        micro = {"resolution": None, "aspect_ratio": None}
+        if pipe.denoiser.config.sample_size == 128:  # PixArt-α at 1024 pixels is also conditioned on the size
+            height, width = (n * pipe.vae_scale_factor for n in x_t.shape[-2:])
+            size = torch.tensor([[height, width]], dtype=x_t.dtype, device=x_t.device)
+            ratio = torch.tensor([[height / width]], dtype=x_t.dtype, device=x_t.device)
+            micro = {"resolution": size.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}
+        output = network(
+            x_t,
+            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
+            encoder_attention_mask=c["encoder_attention_mask"],
+            timestep=t,
+            added_cond_kwargs=micro,
+            return_dict=False,
+        )[0]
+        return output[:, : x_t.shape[1]]  # the rest is the learned sigma
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: a UNet that attends to all of CLIP's states, without a mask."""
+
+    conditions = {"encoder_hidden_states": "prompt_embeds"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+        return {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        return network(x_t, t, encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype), return_dict=False)[0]
+
+
+class StableDiffusionXL:
+    """SDXL: a UNet that attends to the states of two CLIPs, and is conditioned on a pooled one and on the size."""
+
+    conditions = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        states = []
+        for tokenizer, text_encoder in (
+            (pipe.tokenizer, pipe.text_encoder),
+            (pipe.tokenizer_2, pipe.text_encoder_2),
+        ):
+            tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+            output = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": output.text_embeds}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        height, width = (n * pipe.vae_scale_factor for n in x_t.shape[-2:])
+        size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x_t.device)
+        return network(
+            x_t,
+            t,
+            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
+            added_cond_kwargs={"text_embeds": c["text_embeds"].to(x_t.dtype), "time_ids": size.repeat(len(x_t), 1)},
+            return_dict=False,
+        )[0]
+
+
 class OneStepPipeline(DiffusionPipeline):
     r"""
     A one-step generator g_θ(z, c) = x̂0 of the network's output at (z, t*), with z ~ N(0, I) fed as x_{t*}.
 
-    The same weights also run in the stock pipeline of the family with one step at t* (see the model card).
+    The same weights also run in the stock pipeline of the family with one step at t* (see the model card). Every
+    component must be given; those that the family does not have, and text encoders if embeddings will be given
+    instead of prompts, are None.
 
     Args:
-        tokenizer, text_encoder: turn the prompt into the conditioning c; may be None if `prompt_embeds` are given.
+        tokenizer, text_encoder: turn the prompt into the conditioning c: T5 for PixArt-α, CLIP for Stable Diffusion.
+        tokenizer_2, text_encoder_2: SDXL's second CLIP.
         vae ([`AutoencoderKL`]): decodes latents to pixels.
-        transformer ([`PixArtTransformer2DModel`]): the generator.
+        transformer ([`PixArtTransformer2DModel`]), unet ([`UNet2DConditionModel`]): the generator, one of the two.
         scheduler ([`DDPMScheduler`]): holds the noise schedule and the prediction type; it is not stepped here.
         timestep (`int`): t*, the timestep at which the generator was trained.
-        max_sequence_length (`int`, defaults to 120): prompts are cut to this number of tokens.
+        max_sequence_length (`int`, defaults to 120): T5's prompts are cut to this number of tokens.
 
     Raises:
-        ValueError: if t* is missing or lies outside the schedule.
+        ValueError: if t* is missing or lies outside the schedule, or not just one network is given.
     """
 
-    _optional_components = ["tokenizer", "text_encoder"]
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "unet"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->unet->vae"
 
     def __init__(
         self,
-        tokenizer: T5Tokenizer,
-        text_encoder: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        tokenizer_2: PreTrainedTokenizerBase,
+        text_encoder_2: PreTrainedModel,
         vae: AutoencoderKL,
         transformer: PixArtTransformer2DModel,
+        unet: UNet2DConditionModel,
         scheduler: DDPMScheduler,
         timestep: int = None,
         max_sequence_length: int = 120,
     ):
         super().__init__()
+        if (transformer is None) == (unet is None):
+            raise ValueError("OneStepPipeline needs either a `transformer` or a `unet`")
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            vae=vae,
+            transformer=transformer,
+            unet=unet,
+            scheduler=scheduler,
         )
         self.register_to_config(timestep=timestep, max_sequence_length=max_sequence_length)
         steps = scheduler.config.num_train_timesteps
@@ -82,15 +176,24 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(
                 f"OneStepPipeline needs the generator's timestep t* in 0..{steps - 1}, but got {timestep}"
             )
+        if transformer is not None:
+            self.family = PixArtAlpha
+        else:
+            self.family = StableDiffusionXL if unet.config.addition_embed_type == "text_time" else StableDiffusion
         alphas_cumprod = scheduler.alphas_cumprod[timestep]
         self.alpha, self.sigma = alphas_cumprod.sqrt().item(), (1 - alphas_cumprod).sqrt().item()
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
+    def denoiser(self):
+        """The generator's network: the transformer or the UNet."""
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
     def sample_size(self):
         """Height and width, in pixels, of the images that the generator was trained for."""
-        return self.transformer.config.sample_size * self.vae_scale_factor
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     def latent_shape(self, height=None, width=None):
         """(C, H / f, W / f) of the latents of one image.
@@ -99,23 +202,19 @@ class OneStepPipeline(DiffusionPipeline):
             ValueError: if the VAE's downsampling, times the transformer's patch, does not divide height and width.
         """
         height, width = height or self.sample_size, width or self.sample_size
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        multiple = self.vae_scale_factor * (1 if self.transformer is None else self.transformer.config.patch_size)
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, but are {height} and {width}")
-        return self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        return self.denoiser.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def encode_prompt(self, prompt):
         """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
 
         Returns:
-            `dict`: `encoder_hidden_states` (B, L, D) and `encoder_attention_mask` (B, L), L = `max_sequence_length`.
+            `dict`: `encoder_hidden_states` (B, L, D); PixArt-α: `encoder_attention_mask` (B, L), L =
+            `max_sequence_length`; SDXL: `text_embeds` (B, D_pooled).
         """
-        prompt = [p.lower().strip() for p in prompt]
-        length = self.config.max_sequence_length
-        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(self.text_encoder.device)
-        embeds = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
+        return self.family.encode_prompt(self, prompt)
 
     def denoise(self, network, x_t, t, c):
         """One evaluation of a network of this family: its prediction for noisy latents, in float32.
@@ -129,22 +228,7 @@ class OneStepPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor`, (B, C, H, W): in the scheduler's prediction type; learned-sigma channels are left out.
         """
-        config, dtype = self.transformer.config, next(network.parameters()).dtype
-        micro = {"resolution": None, "aspect_ratio": None}
-        if config.sample_size == 128:  # PixArt-α at 1024 pixels is also conditioned on the size
-            height, width = (n * self.vae_scale_factor for n in x_t.shape[-2:])
-            size = torch.tensor([[height, width]], dtype=dtype, device=x_t.device)
-            ratio = torch.tensor([[height / width]], dtype=dtype, device=x_t.device)
-            micro = {"resolution": size.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}
-        output = network(
-            x_t.to(dtype),
-            encoder_hidden_states=c["encoder_hidden_states"].to(dtype),
-            encoder_attention_mask=c["encoder_attention_mask"],
-            timestep=t,
-            added_cond_kwargs=micro,
-            return_dict=False,
-        )[0]
-        return output[:, : config.in_channels].float()
+        return self.family.denoise(self, network, x_t.to(next(network.parameters()).dtype), t, c).float()
 
     def generate(self, network, z, c):
         """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this."""
@@ -154,6 +238,8 @@ class OneStepPipeline(DiffusionPipeline):
 
     def decode(self, x0):
         """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.float()  # SDXL's overflows in half precision
         latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
         return self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
 
@@ -168,6 +254,7 @@ class OneStepPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ):
@@ -180,7 +267,8 @@ class OneStepPipeline(DiffusionPipeline):
             num_images_per_prompt (`int`, defaults to 1): images of one prompt follow one another.
             generator (`torch.Generator` or list of them, *optional*): makes the result deterministic.
             latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it.
-            prompt_embeds (`torch.Tensor`, (B, L, D), *optional*), prompt_attention_mask ((B, L)): encoded prompts.
+            prompt_embeds (`torch.Tensor`, (B, L, D), *optional*): encoded prompts, with
+                prompt_attention_mask ((B, L)) for PixArt-α, or pooled_prompt_embeds ((B, D)) for SDXL.
             output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
             return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
 
@@ -191,24 +279,31 @@ class OneStepPipeline(DiffusionPipeline):
         shape = self.latent_shape(height, width)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either `prompt` or `prompt_embeds`, and not both")
-        if prompt_embeds is not None and prompt_attention_mask is None:
-            raise ValueError("`prompt_embeds` need their `prompt_attention_mask`")
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+        }
+        needed = self.family.conditions
+        missing = [name for name in needed.values() if embeds[name] is None]
+        if prompt is None and missing:
+            raise ValueError(f"`prompt_embeds` need their `{missing[0]}`")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, but is {output_type}")
 
         device = self._execution_device
-        if prompt_embeds is None:
-            c = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        if prompt is None:
+            c = {k: embeds[name] for k, name in needed.items()}
         else:
-            c = {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+            c = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
         c = {k: v.to(device).repeat_interleave(num_images_per_prompt, dim=0) for k, v in c.items()}
         shape = (len(c["encoder_hidden_states"]), *shape)
 
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, but have {tuple(latents.shape)}")
-        x0 = self.generate(self.transformer, latents.to(device), c)
+        x0 = self.generate(self.denoiser, latents.to(device), c)
 
         if output_type == "latent":
             images = x0

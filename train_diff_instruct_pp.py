@@ -20,15 +20,20 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diff_instruct.arguments import parse_args, trackable
+from diff_instruct.brakes import validations_since_best, warmed_up
 from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, save_trained_weights_only
-from diff_instruct.evaluation import compare, evaluate, fixed_noise
-from diff_instruct.export import export
-from diff_instruct.models import check_models, load_generator, load_reference
+from diff_instruct.configs import read_models
+from diff_instruct.evaluation import compare, diversity_features, evaluate, fixed_noise
+from diff_instruct.export import export, figure_names
+from diff_instruct.lora import trainable
+from diff_instruct.memory import plan, table
+from diff_instruct.models import load_generator, load_reference, null_condition
 from diff_instruct.objectives import denoising_loss, guide, ikl_gradient, reward_gradient, weight
-from diff_instruct.optimization import Stepper, averaged, ema_decay, make_optimizer
+from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
-from diff_instruct.rewards import load_reward
+from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
+from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.schedule import NoiseSchedule
 from diff_instruct.teaching_assistant import make_teaching_assistant, reference_mode
 
@@ -52,39 +57,48 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
-    timestep = check_models(args)
+    check_accelerations(args, device)
+    models = read_models(args)
+    accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     train_prompts, eval_prompts = load_prompts(args)
     validation_prompts = args.validation_prompts or eval_prompts[:8]
+    if args.dry_run:
+        return
 
-    # 3. The actors: generator (in `pipe`, which is what is shipped), reference, teaching assistant, reward.
-    stock = load_reference(args, dtype)
-    pipe = load_generator(args, stock, timestep)
+    # 3. The actors: reward, generator (in `pipe`, which is what is shipped), reference, teaching assistant.
+    reward, heldout = load_mix(args, device), load_heldout(args, device)
+    tiny_decoder = TinyDecoder(args.reward_decoder, args.cache_dir).to(device) if args.reward_decoder else None
+    stock = load_reference(args, models, dtype)
+    pipe = load_generator(args, models, stock)
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
-    reference = stock.transformer
+    reference = getattr(stock, models.denoiser)
     ta = make_teaching_assistant(reference, args.ta_lora_rank, args.ta_lora_alpha)
     if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        pipe.denoiser.enable_gradient_checkpointing()
         ta.enable_gradient_checkpointing()
-    pipe.transformer.train()
+        stock.vae.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        for network in (pipe.denoiser, ta, reference):
+            network.enable_xformers_memory_efficient_attention()
+    pipe.denoiser.train()
     ta.train()
-    for network in (reference, stock.text_encoder, stock.vae):
-        network.to(device)
-    reward = load_reward(args.reward, args.cache_dir).to(device)
-    heldout = load_reward(args.heldout_reward, args.cache_dir).to(device) if args.heldout_reward else None
+    stock.to(device)
+    decode = pipe.decode
+    if tiny_decoder is not None:
+        tiny_decoder.check(latent_shape)
+        decode = tiny_decoder
 
     # 4. Optimizers, average, data.
     total_steps = args.pretrain_steps + args.max_train_steps
-    theta, theta_lr = make_optimizer(args, pipe.transformer, args.learning_rate, 1, total_steps)
+    theta, theta_lr = make_optimizer(args, pipe.denoiser, args.learning_rate, 1, total_steps)
     psi, psi_lr = make_optimizer(args, ta, args.ta_learning_rate or args.learning_rate, args.ta_steps, total_steps)
-    ema = EMAModel(pipe.transformer.to(device).parameters()) if args.use_ema else None
-    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(
-        pipe.transformer, ta, theta, psi, theta_lr, psi_lr
-    )
+    ema = EMAModel(trainable(pipe.denoiser.to(device))) if args.use_ema else None
+    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(pipe.denoiser, ta, theta, psi, theta_lr, psi_lr)
     step_theta = Stepper(accelerator, "generator", generator, theta, theta_lr, args.max_grad_norm)
     step_psi = Stepper(accelerator, "teaching assistant", ta, psi, psi_lr, args.max_grad_norm)
 
-    schedule = NoiseSchedule(stock.scheduler, device)
+    schedule = NoiseSchedule(pipe.scheduler, device)
     encode = Conditioning(pipe.encode_prompt, device)
     stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
     sampler = Sampler(
@@ -93,15 +107,16 @@ def main(args):
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
 
     save_trained_weights_only(accelerator)
-    first_step, spent = 0, 0.0
+    first_step, spent, heldout_scores = 0, 0.0, []
     if checkpoint:
         state = load_checkpoint(accelerator, checkpoint, ema)
         first_step, spent = state["step"], state["seconds"]
         sampler.load_state_dict(state["sampler"])
         step_theta.skipped, step_psi.skipped = state["skipped"]
+        heldout_scores = state["heldout_scores"]
 
     # 5. The functions in Algorithm 1.
-    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in encode([""]).items()}
+    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null_condition(stock, encode).items()}
 
     def sample():
         """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)"""
@@ -136,13 +151,14 @@ def main(args):
 
     def judge(prompts):
         """Scores and pictures of the generator, averaged if there is an average."""
-        with averaged(ema, pipe.transformer):
+        with averaged(ema, pipe.denoiser):
             scores = evaluate(accelerator, pipe, encode, prompts, args.num_eval_images, latent_shape, reward, heldout)
             return scores, draw(pipe, encode, validation_prompts, noise)
 
     before_file = Path(checkpoint.parent if checkpoint else args.output_dir) / "before.safetensors"
     if not checkpoint:
         scores, pictures = judge(eval_prompts)
+        heldout_scores = [float(v[:16].mean()) for k, v in scores.items() if k == "heldout"]
         if accelerator.is_main_process:
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
             history.log(accelerator, 0, {f"val_{k}": float(v[:16].mean()) for k, v in scores.items()})
@@ -151,9 +167,12 @@ def main(args):
     bar = tqdm(
         range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
     )
+    done = first_step
     for step in bar:
+        if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
+            break
         pretraining = step < args.pretrain_steps
-        alpha_rew = 0.0 if pretraining else args.reward_scale
+        alpha_rew = warmed_up(args.reward_scale, step - args.pretrain_steps, args.reward_warmup_steps)
         alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
 
         # θ is frozen; K_TA times: ψ takes a step on λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c).
@@ -181,12 +200,12 @@ def main(args):
                 grad_ikl, grad_cfg = ikl_gradient(from_ta, from_ref, from_null, alpha_cfg, w, alpha, sigma)
             r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(x0)
             if alpha_rew != 0:
-                r, grad_r = reward_gradient(x0, prompts, reward, pipe.decode, args.reward_batch_size or len(x0))
+                r, grad_r = reward_gradient(x0, prompts, reward, decode, args.reward_batch_size or len(x0))
             dL_dx0 = -alpha_rew * grad_r + grad_ikl + grad_cfg
             accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
         if step_theta() and ema is not None:
             ema.decay = ema.min_decay = ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step)
-            ema.step(pipe.transformer.parameters())
+            ema.step(trainable(pipe.denoiser))
 
         # 8. What happened.
         done = step + 1
@@ -194,6 +213,7 @@ def main(args):
             figures = {
                 "ta_loss": ta_loss.detach(),
                 "reward": r.mean(),
+                **reward.take_parts(len(x0)),
                 "norm_reward": alpha_rew * grad_r.flatten(1).norm(dim=1).mean(),
                 "norm_ikl": grad_ikl.flatten(1).norm(dim=1).mean(),
                 "norm_cfg": grad_cfg.flatten(1).norm(dim=1).mean(),
@@ -208,6 +228,8 @@ def main(args):
                 history.log(accelerator, done, figures)
         if args.validation_steps and done % args.validation_steps == 0:
             scores, pictures = judge(eval_prompts[:16])
+            earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
+            heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
             if history:
                 history.log(accelerator, done, {f"val_{k}": float(v.mean()) for k, v in scores.items()})
                 log_images(accelerator, done, pictures, validation_prompts)
@@ -217,11 +239,13 @@ def main(args):
                 "seconds": spent + time.time() - started,
                 "sampler": sampler.state_dict(),
                 "skipped": [step_theta.skipped, step_psi.skipped],
+                "heldout_scores": heldout_scores,
             }
             save_checkpoint(accelerator, args.output_dir, done, state, ema, args.checkpoints_total_limit)
 
     # 9. The generator after: scores, pictures, curves, and the pipeline that is shipped.
     scores, pictures = judge(eval_prompts)
+    cut = cut_prompts(reward, heldout)
     if accelerator.is_main_process:
         before = load_file(before_file)
         with reference_mode(reference, args.ta_lora_rank > 0):
@@ -233,25 +257,27 @@ def main(args):
         summary = {
             **compare(before, scores),
             "seconds": round(spent + time.time() - started, 1),
-            "steps": total_steps,
+            "steps": done,
+            "stopped_early": done < total_steps,
+            "cut_prompts": cut,
+            "diversity_by": diversity_features(reward, heldout)[0],
             "skipped_steps": step_theta.skipped + step_psi.skipped,
             "arguments": trackable(args),
         }
-        pipe.transformer = accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
-        if ema is not None:
-            ema.copy_to(pipe.transformer.parameters())
-        export(args, pipe, summary, type(stock).__name__, validation_prompts[0])
+        with averaged(ema, pipe.denoiser):
+            export(args, pipe, summary, type(stock), validation_prompts[0])
         report(args, summary)
     accelerator.end_training()
 
 
 def report(args, summary):
     """Print what came out and how to use it."""
-    for key in ("reward", "heldout", "diversity"):
-        if f"{key}_before" in summary:
-            low, high = summary[f"{key}_gain_ci95"]
-            before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-            print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
+    for key in figure_names(summary):
+        low, high = summary[f"{key}_gain_ci95"]
+        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+        print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
+    if summary["stopped_early"]:
+        print(f"Stopped after step {summary['steps']}: the held-out reward was below its best (--heldout_patience).")
     print(f"""
 Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_summary.json. Use it with
 

@@ -34,13 +34,17 @@ def build_parser():
     g.add_argument("--pretrained_model_name_or_path", help="the reference: Hub id or folder of a diffusers pipeline")
     g.add_argument(
         "--pretrained_generator_name_or_path",
-        help="a one-step pipeline to start from (Hub id or folder); without it the generator starts as the reference",
+        help="one-step model to start from: a pipeline or its network alone (Hub id or folder), or one .safetensors "
+        "or .bin file (on the Hub: owner/name/file); without it the generator starts as the reference",
     )
     g.add_argument("--revision", help="revision of the reference on the Hub")
     g.add_argument("--variant", help="variant of the reference's files, for example fp16")
     g.add_argument("--cache_dir", help="where downloads are kept")
     g.add_argument(
-        "--timestep", type=int, help="t*, where the generator is evaluated; default: the generator's, else 400"
+        "--timestep",
+        type=int,
+        help="t*, where the generator is evaluated; default: the generator's own; if it starts as the reference: "
+        "400 (PixArt-α), 625 (Stable Diffusion), 399 (SDXL)",
     )
     g.add_argument("--resolution", type=int, help="pixels of an image's side; default: the reference's")
 
@@ -117,6 +121,8 @@ def build_parser():
     g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     g.add_argument("--learning_rate", type=float, default=5e-6, help="of the generator")
     g.add_argument("--ta_learning_rate", type=float, help="of the teaching assistant; default: as the generator")
+    g.add_argument("--lora_rank", type=int, default=0, help="train the generator as LoRA; 0: all of it")
+    g.add_argument("--lora_alpha", type=float, help="LoRA scale of the generator; default: the rank")
     g.add_argument("--ta_lora_rank", type=int, default=0, help="train the TA as LoRA on the reference; 0: a full copy")
     g.add_argument("--ta_lora_alpha", type=float, help="LoRA scale; default: the rank")
     g.add_argument("--lr_scheduler", default="constant", help="any of diffusers' schedules")
@@ -132,11 +138,18 @@ def build_parser():
     g.add_argument(
         "--ema_rampup_ratio", type=float, default=0.05, help="the half-life is at most this part of the images seen"
     )
-    g.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    g.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory, more time; also in the VAE's decoder"
+    )
     g.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what accelerate is configured for")
+    g.add_argument("--use_8bit_adam", action="store_true", help="optimizers of bitsandbytes: a quarter of the memory")
+    g.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (UNets)"
+    )
     g.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and newer")
 
     g = parser.add_argument_group("output")
+    g.add_argument("--dry_run", action="store_true", help="check, print the memory that each actor needs, and stop")
     g.add_argument("--output_dir", default="diff-instruct-pp", help="the exported pipeline, checkpoints and logs")
     g.add_argument("--seed", type=int, default=0, help="of every random number of the run")
     g.add_argument("--checkpointing_steps", type=int, default=500, help="checkpoint every so many steps; 0: never")
@@ -179,7 +192,7 @@ def check_args(args):
     """Raises ValueError, in one line, for arguments that cannot work together or files that are not there."""
     if (args.dataset_name is None) == (args.train_prompts is None):
         raise ValueError("give either --dataset_name or --train_prompts (a file or folder of prompts)")
-    for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "ta_lora_rank"):
+    for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "lora_rank", "ta_lora_rank"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
     if args.reward_batch_size is not None and args.reward_batch_size < 1:

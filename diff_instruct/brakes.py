@@ -2,8 +2,11 @@
 
 
 def warmed_up(reward_scale, step, warmup_steps):
-    """α_rew at step 0, 1, ... of alignment: rises linearly and is `reward_scale` from step `warmup_steps` − 1 on."""
-    return reward_scale * min(1.0, (step + 1) / max(1, warmup_steps))
+    """α_rew at step 0, 1, ... of alignment: rises linearly and is `reward_scale` from step `warmup_steps` − 1 on.
+
+    Before alignment, at negative steps, it is 0.
+    """
+    return reward_scale * min(1.0, (step + 1) / max(1, warmup_steps)) if step >= 0 else 0.0
 
 
 def validations_since_best(scores):

@@ -52,7 +52,7 @@ def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward,
     rows = []
     for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
         z = fixed_noise(latent_shape, i, n_images).to(accelerator.device)
-        pixels = pipe.decode(pipe.generate(pipe.transformer, z, encode([prompts[i]] * n_images))).clamp(0, 1)
+        pixels = pipe.decode(pipe.generate(pipe.denoiser, z, encode([prompts[i]] * n_images))).clamp(0, 1)
         c = [prompts[i]] * n_images
         parts = reward.scores(pixels, c)
         row = {"reward": reward.combine(parts)}

@@ -5,10 +5,33 @@ import shlex
 import sys
 from pathlib import Path
 
+from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, upload_folder
+from peft import get_peft_model_state_dict
+
+from diff_instruct.lora import merged
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card_template.md"
+# How an exported generator runs in the stock pipeline of its family.
+STOCK_CALLS = {
+    "PixArtAlphaPipeline": """\
+from diffusers import PixArtAlphaPipeline
+stock = PixArtAlphaPipeline.from_pipe(pipe)
+image = stock(
+    {prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=1.0, use_resolution_binning=False
+).images[0]""",
+    "StableDiffusionPipeline": """\
+from diffusers import LCMScheduler, StableDiffusionPipeline
+parts = {{"scheduler": LCMScheduler.from_config(pipe.scheduler.config), "safety_checker": None}}
+stock = StableDiffusionPipeline.from_pipe(pipe, **parts, feature_extractor=None, image_encoder=None)
+image = stock({prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=0).images[0]""",
+    "StableDiffusionXLPipeline": """\
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+stock = StableDiffusionXLPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
+image = stock({prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=0).images[0]""",
+}
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def base_license(base):
@@ -68,8 +91,11 @@ def write_card(args, pipe, summary, stock_class, prompt):
         repo=args.hub_model_id or Path(args.output_dir).name,
         base=base if on_hub else f"the local pipeline `{Path(base).name}`",
         timestep=pipe.config.timestep,
-        stock_class=stock_class,
-        prompt=prompt,
+        stock_call=STOCK_CALLS[stock_class.__name__].format(prompt=json.dumps(prompt), timestep=pipe.config.timestep),
+        stock_class=stock_class.__name__,
+        lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
+        start=args.pretrained_generator_name_or_path or base,
+        prompt=json.dumps(prompt),
         pretrain_steps=args.pretrain_steps,
         align_steps=args.max_train_steps,
         reward=summary["arguments"]["reward"],
@@ -94,20 +120,41 @@ def command_line():
     return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *words])
 
 
+def save_lora(folder, stock_class, network):
+    """`pytorch_lora_weights.safetensors`, as the stock pipeline's `load_lora_weights` takes it."""
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    metadata = network.peft_config["default"].to_dict()
+    stock_class.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+
+
 def export(args, pipe, summary, stock_class, prompt):
     """Save the pipeline, card and `training_summary.json` in `--output_dir`; push them if asked to.
+
+    With `--lora_rank` the pipeline gets the merged network.
 
     Returns:
         The card of the pushed or written model.
     """
     folder = Path(args.output_dir)
+    if args.lora_rank > 0:
+        network, name = pipe.denoiser, "transformer" if pipe.unet is None else "unet"
+        if name == "unet":  # PixArtAlphaPipeline has no `load_lora_weights`
+            save_lora(folder, stock_class, network)
+        pipe.register_modules(**{name: merged(network)})
     pipe.save_pretrained(folder)
     (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     card = write_card(args, pipe, summary, stock_class, prompt)
     if args.push_to_hub:
         repo = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
         parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
-        files = ["model_index.json", "pipeline_one_step.py", "README.md", "*.png", "training_summary.json"]
+        files = [
+            "model_index.json",
+            LORA_WEIGHTS,
+            "pipeline_one_step.py",
+            "README.md",
+            "*.png",
+            "training_summary.json",
+        ]
         upload_folder(
             repo_id=repo,
             folder_path=folder,

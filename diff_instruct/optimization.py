@@ -4,16 +4,38 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
-from diff_instruct.teaching_assistant import trainable
+from diff_instruct.lora import trainable
 
 
 MAX_NONFINITE_STEPS = 3
 
 
+def check_accelerations(args, device):
+    """Options that need a package or a GPU.
+
+    Raises:
+        ValueError: in one line, if it is not there.
+    """
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.enable_xformers_memory_efficient_attention:
+        if not is_xformers_available():
+            raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+        if device.type != "cuda":
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, but this is {device.type}"
+            )
+
+
 def make_optimizer(args, network, learning_rate, steps_per_iteration, total_iterations):
     """AdamW and its learning-rate schedule for one network, which is stepped `steps_per_iteration` times a loop."""
-    optimizer = torch.optim.AdamW(
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = torch.optim.AdamW
+    optimizer = AdamW(
         trainable(network),
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -74,13 +96,13 @@ def ema_decay(args, pretraining, batch_size, images_seen):
 
 @contextmanager
 def averaged(ema, network):
-    """Within: the network has its averaged weights (or its own, if `ema` is None)."""
+    """Within: the network's trained weights are their averages (or its own, if `ema` is None)."""
     if ema is None:
         yield
         return
-    ema.store(network.parameters())
-    ema.copy_to(network.parameters())
+    ema.store(trainable(network))
+    ema.copy_to(trainable(network))
     try:
         yield
     finally:
-        ema.restore(network.parameters())
+        ema.restore(trainable(network))

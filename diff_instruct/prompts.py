@@ -166,6 +166,11 @@ class Sampler:
         self.prompts.load_state_dict(state["prompts"])
 
 
+def nbytes(tensors):
+    """Size of a dictionary of tensors."""
+    return sum(v.nbytes for v in tensors.values())
+
+
 class Conditioning:
     """Prompts to the conditioning c that the networks take; every prompt is encoded once and kept on the CPU.
 
@@ -175,13 +180,13 @@ class Conditioning:
     Args:
         encode_prompt: `OneStepPipeline.encode_prompt`.
         batch_size (`int`): prompts encoded at a time.
-        max_entries (`int`): the oldest prompts are forgotten beyond this number.
+        max_bytes (`int`): the oldest prompts are forgotten beyond this size.
     """
 
-    def __init__(self, encode_prompt, device, batch_size=16, max_entries=20_000):
+    def __init__(self, encode_prompt, device, batch_size=16, max_bytes=4 * 2**30):
         self.encode_prompt, self.device = encode_prompt, device
-        self.batch_size, self.max_entries = batch_size, max_entries
-        self.cache = {}
+        self.batch_size, self.max_bytes = batch_size, max_bytes
+        self.cache, self.bytes = {}, 0
 
     @torch.no_grad()
     def __call__(self, prompts):
@@ -191,12 +196,14 @@ class Conditioning:
             part = new[start : start + self.batch_size]
             filled = part + [""] * (self.batch_size - len(part))
             encoded = {k: v.cpu() for k, v in self.encode_prompt(filled).items()}
-            lengths = encoded["encoder_attention_mask"].sum(dim=1).tolist()
+            masked = "encoder_attention_mask" in encoded  # then padding is not kept
+            lengths = encoded["encoder_attention_mask"].sum(dim=1).tolist() if masked else [None] * len(part)
             for i, (prompt, n) in enumerate(zip(part, lengths)):
                 self.cache[prompt] = {k: v[i, :n].clone() for k, v in encoded.items()}
+                self.bytes += nbytes(self.cache[prompt])
         rows = [self.cache[p] for p in prompts]
-        while len(self.cache) > self.max_entries:
-            del self.cache[next(iter(self.cache))]
+        while self.bytes > self.max_bytes:
+            self.bytes -= nbytes(self.cache.pop(next(iter(self.cache))))
         return {
             k: torch.nn.utils.rnn.pad_sequence([row[k] for row in rows], batch_first=True).to(self.device)
             for k in rows[0]

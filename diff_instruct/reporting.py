@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import PixArtAlphaPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -49,9 +50,7 @@ class History:
             logged = sorted({k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)})
             for key in logged:
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
-                axis.plot(
-                    *zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_")
-                )
+                axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
                 axis.legend()
             axis.set(title=title, xlabel="generator step")
             axis.grid(alpha=0.3)
@@ -84,7 +83,7 @@ def image_grid(columns, titles, prompts):
 def draw(pipe, encode, prompts, noise):
     """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W)."""
     images = [
-        pipe.decode(pipe.generate(pipe.transformer, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)
+        pipe.decode(pipe.generate(pipe.denoiser, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)
     ]
     return torch.cat(images)
 
@@ -93,10 +92,11 @@ def draw(pipe, encode, prompts, noise):
 def draw_reference(stock, decode, prompts, noise, cfg_scale):
     """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance."""
     stock.set_progress_bar_config(disable=True)
-    noise = noise.to(next(stock.transformer.parameters()).dtype)
+    noise = noise.to(stock.vae.dtype)
     height, width = (n * stock.vae_scale_factor for n in noise.shape[-2:])
-    size = {"height": height, "width": width, "use_resolution_binning": False}
-    options = {"num_inference_steps": REFERENCE_STEPS, "guidance_scale": cfg_scale, "clean_caption": False, **size}
+    options = {"num_inference_steps": REFERENCE_STEPS, "guidance_scale": cfg_scale, "height": height, "width": width}
+    if isinstance(stock, PixArtAlphaPipeline):  # it would change the size and the prompt
+        options.update(use_resolution_binning=False, clean_caption=False)
     latents = [stock(c, latents=z[None], output_type="latent", **options).images for c, z in zip(prompts, noise)]
     return torch.cat([decode(x0) for x0 in latents]).clamp(0, 1)
 

@@ -3,8 +3,9 @@
 import torch
 
 from diff_instruct.arguments import parse_args
+from diff_instruct.configs import read_models
 from diff_instruct.evaluation import fixed_noise
-from diff_instruct.models import check_models, load_generator, load_reference
+from diff_instruct.models import load_generator, load_reference
 from diff_instruct.rewards import load_reward
 from pocket.build import retrieval_rate
 
@@ -14,7 +15,8 @@ def test_the_committed_generator_draws_what_it_is_asked_for(tmp_path):
     args = parse_args(["--output_dir", str(tmp_path)])
     captions = open(args.train_prompts).read().splitlines()
     prompts = captions[::13][:96]
-    pipe = load_generator(args, load_reference(args, torch.float32), check_models(args))
+    models = read_models(args)
+    pipe = load_generator(args, models, load_reference(args, models, torch.float32))
     z = fixed_noise(pipe.latent_shape(), 0, len(prompts))
     images = pipe(prompts, latents=z, output_type="pt").images
     assert images.shape == (96, 3, 64, 64)

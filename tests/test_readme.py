@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diff_instruct.arguments import build_parser, parse_args
-from diff_instruct.models import check_models
+from diff_instruct.configs import read_models
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +34,9 @@ def test_there_are_commands():
 
 def test_the_bare_command_uses_the_pocket_reference(tmp_path):
     args = parse_args(["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", str(tmp_path)])
-    assert (args.reward, args.heldout_reward) == ("pocket", "pocket_heldout")
+    assert (args.reward, args.heldout_reward) == (["pocket"], ["pocket_heldout"])
     assert args.num_eval_prompts * args.num_eval_images >= 256
-    assert check_models(args) == 400
+    assert read_models(args).timestep == 400
 
 
 def test_ones_own_prompts_replace_the_pocket_s(tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
 from diff_instruct.rewards.aesthetic import Aesthetic
 from diff_instruct.rewards.clip import ClipScore
@@ -14,6 +15,7 @@ from diff_instruct.rewards.image_reward import ImageReward
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.rewards.scorer import Scorer
 
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -139,3 +141,14 @@ def load_heldout(args, device):
     paths = parse_pairs("reward_checkpoint", args.reward_checkpoint)
     specs = args.heldout_reward or []
     return {short_name(s): load_reward(s, paths.get(s), args.cache_dir, False, device) for s in specs}
+
+
+def cut_prompts(reward, heldout):
+    """How many different prompts each scorer read in part only, over all processes; those that cut none are left out.
+
+    Args:
+        reward ([`Mix`]), heldout (`dict`): what `load_mix` and `load_heldout` returned.
+    """
+    scorers = {**dict(zip(reward.names, reward.rewards)), **heldout}
+    cut = {name: gather_object(list(s.cut_prompts)) for name, s in scorers.items() if isinstance(s, Scorer)}
+    return {name: len(set(checksums)) for name, checksums in cut.items() if checksums}

@@ -22,6 +22,11 @@ class PocketReward(ClipScorer):
         scale = json.loads((Path(path) / "reward.json").read_text())
         return cls(name, clip_network(name, path, "pocket"), AutoTokenizer.from_pretrained(path), **scale)
 
+    @classmethod
+    def unscaled(cls, folder):
+        """The cosine itself, from a folder without `reward.json`: mean and std are measured with it."""
+        return cls("pocket", clip_network("pocket", folder, "pocket"), AutoTokenizer.from_pretrained(folder))
+
     def forward(self, pixels, prompts):
         """Reward (B,) of pixels (B, 3, H, W) in [0, 1] for B prompts."""
         return (super().forward(pixels, prompts) - self.mean) / self.std

@@ -1,6 +1,7 @@
 """What all published rewards share: frozen networks, a tokenizer with a limit, image features."""
 
 import logging
+import zlib
 
 import torch
 
@@ -23,7 +24,7 @@ class Scorer(torch.nn.Module):
     def __init__(self, name, tokenizer=None, max_length=None, padding=True):
         super().__init__()
         self.name, self.tokenizer, self.max_length, self.padding = name, tokenizer, max_length, padding
-        self.cut_prompts = set()  # hashes, so that each prompt counts once
+        self.cut_prompts = set()  # checksums, so that each prompt counts once, in all processes together
 
     def train(self, mode=True):
         """Dropout would make scores random: always eval."""
@@ -41,7 +42,7 @@ class Scorer(torch.nn.Module):
         """Token ids and attention mask, (B, L) each, of B prompts."""
         prompts = list(prompts)
         lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
-        cut = {hash(p) for p, length in zip(prompts, lengths) if length > self.max_length}
+        cut = {zlib.crc32(p.encode()) for p, length in zip(prompts, lengths) if length > self.max_length}
         if cut and not self.cut_prompts:
             logger.warning(
                 f"reward `{self.name}` reads {self.max_length} tokens: what a prompt says after that does not count. "

@@ -1,0 +1,284 @@
+"""Each family on tiny networks of the real classes: training's forward, the export and the stock pipeline agree."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors.torch import save_file
+
+import train_diff_instruct_pp as script
+from diff_instruct.arguments import parse_args
+from diff_instruct.configs import read_models
+from diff_instruct.export import STOCK_CALLS
+from diff_instruct.lora import trainable
+from diff_instruct.models import load_generator, load_reference, null_condition
+from diff_instruct.prompts import Conditioning
+from diff_instruct.schedule import NoiseSchedule
+from diff_instruct.teaching_assistant import make_teaching_assistant, reference_mode
+from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
+
+
+STOCK = {
+    "pixart": PixArtAlphaPipeline,
+    "sd": StableDiffusionPipeline,
+    "sd2": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+}
+PREPARE = {"pixart": tiny_pixart, "sd": tiny_sd, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+T_STAR = {"pixart": 400, "sd": 625, "sd2": 625, "sdxl": 399}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Family to the folder of its tiny pipeline."""
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in PREPARE.items()}
+
+
+@pytest.fixture
+def family_args(tiny_args, models):
+    """Arguments, as `tiny_args`, for a family."""
+    return lambda family, *options: [*tiny_args, "--pretrained_model_name_or_path", models[family], *map(str, options)]
+
+
+def actors(command):
+    args = parse_args(command)
+    models = read_models(args)
+    stock = load_reference(args, models, torch.float32)
+    return args, models, stock, load_generator(args, models, stock)
+
+
+def one_step(stock, timestep, **call):
+    """The stock pipeline of the family with one step at t*."""
+    if isinstance(stock, PixArtAlphaPipeline):
+        call.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
+    else:
+        call.update(guidance_scale=0.0)
+    stock.set_progress_bar_config(disable=True)
+    return stock(num_inference_steps=1, timesteps=[timestep], height=16, width=16, output_type="pt", **call).images
+
+
+def stock_pipeline(family, pipe):
+    """As the model card says; the call in its last line is run, too."""
+    scope = {"pipe": pipe}
+    exec(STOCK_CALLS[STOCK[family].__name__].format(prompt='"a red apple"', timestep=T_STAR[family]), scope)
+    assert scope["image"].size == (16, 16)
+    return scope["stock"]
+
+
+def noise(n, seed=0):
+    return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("family", STOCK)
+def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, monkeypatch, family, lora):
+    """After some steps, for prompts of different lengths, an empty one among them: max abs difference ≤ 1e-5."""
+    seen = {}
+
+    def load_generator(*args):
+        seen["pipe"] = script_load_generator(*args)
+        return seen["pipe"]
+
+    def export(args, pipe, *rest):  # within: the network that has just been trained, as training calls it
+        c = Conditioning(pipe.encode_prompt, "cpu")(prompts)
+        with torch.no_grad():
+            seen["trained"] = pipe.decode(pipe.generate(pipe.denoiser, z, c)).clamp(0, 1)
+        return script_export(args, pipe, *rest)
+
+    script_load_generator, script_export = script.load_generator, script.export
+    monkeypatch.setattr(script, "load_generator", load_generator)
+    monkeypatch.setattr(script, "export", export)
+    prompts, z = [*PROMPTS, ""], noise(len(PROMPTS) + 1)
+    command = family_args(family, "--lora_rank", lora, "--lora_alpha", 4, "--learning_rate", 1e-2)
+    script.main(parse_args(command))
+
+    out = tmp_path / "out"
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_one_step", "OneStepPipeline"] and index["timestep"] == T_STAR[family]
+    shipped = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    shipped.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert seen["trained"].std() > 0.03
+    for images in (
+        shipped(prompts, latents=z, output_type="pt").images,
+        again(prompts, latents=z, output_type="pt").images,
+        one_step(stock_pipeline(family, again), T_STAR[family], prompt=prompts, latents=z),
+    ):
+        torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
+
+    reference = STOCK[family].from_pretrained(parse_args(command).pretrained_model_name_or_path)
+    if family != "pixart":
+        reference.scheduler = LCMScheduler.from_config(shipped.scheduler.config)
+        untrained = one_step(reference, T_STAR[family], prompt=prompts, latents=z)
+        assert (untrained - seen["trained"]).abs().max() > 1e-3
+    lora_file = out / "pytorch_lora_weights.safetensors"
+    assert lora_file.is_file() == (lora > 0 and family != "pixart")
+    if lora_file.is_file():
+        reference.load_lora_weights(out)
+        images = one_step(reference, T_STAR[family], prompt=prompts, latents=z)
+        torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ta_lora", [0, 2])
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("family", STOCK)
+def test_only_what_is_trained_changes(family_args, monkeypatch, family, lora, ta_lora):
+    """Pretrain and align, with checkpointing: the reference stays bit for bit, each trained parameter moves."""
+    seen, x_t, t = {}, noise(1), torch.tensor([300])
+
+    def watch(name, network_of):
+        original = getattr(script, name)
+
+        def wrapper(*args):
+            result = original(*args)
+            network = network_of(result)
+            seen[name] = network, {k: v.detach().clone() for k, v in network.named_parameters()}
+            if name == "load_generator":  # with nothing but the reference loaded before it
+                seen["c"] = result.encode_prompt(["a red apple"])
+                seen["pipe"], seen["before"] = result, reference_output(result)
+            return result
+
+        monkeypatch.setattr(script, name, wrapper)
+
+    def reference_output(pipe):
+        with torch.no_grad():
+            return pipe.denoise(seen["load_reference"][0], x_t, t, seen["c"])
+
+    watch("load_reference", lambda stock: stock.transformer if family == "pixart" else stock.unet)
+    watch("load_generator", lambda pipe: pipe.denoiser)
+    watch("make_teaching_assistant", lambda ta: ta)
+    options = ["--lora_rank", lora, "--ta_lora_rank", ta_lora, "--pretrain_steps", 2, "--max_train_steps", 2]
+    script.main(parse_args(family_args(family, *options, "--gradient_checkpointing", "--validation_steps", 0)))
+
+    reference, ta = seen["load_reference"][0], seen["make_teaching_assistant"][0]
+    with reference_mode(reference, ta_lora > 0):
+        assert torch.equal(reference_output(seen["pipe"]), seen["before"])
+    assert (ta is reference) == (ta_lora > 0)
+    for name, rank in (("load_generator", lora), ("make_teaching_assistant", ta_lora)):
+        network, start = seen[name]
+        for key, value in network.named_parameters():
+            assert value.requires_grad == ("lora" in key or not rank), key
+            assert torch.equal(value, start[key]) != value.requires_grad, key
+            assert value.dtype == torch.float32 or not value.requires_grad
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_learned_sigma_of_the_ta_is_left_alone(family_args, family):
+    """The TA's loss has no gradient on output channels beyond the latents' (PixArt's learned sigma)."""
+    args, models, stock, pipe = actors(family_args(family))
+    ta = make_teaching_assistant(getattr(stock, models.denoiser))
+    pipe.denoise(ta, noise(2), torch.tensor([100, 700]), pipe.encode_prompt(PROMPTS[:2])).square().sum().backward()
+    last = ta.proj_out if family == "pixart" else ta.conv_out
+    rows = last.weight.grad.abs().flatten(1).sum(dim=1)
+    if family == "pixart":  # (patch, patch, channels)
+        rows = rows.view(4, 8)
+        assert (rows[:, 4:] == 0).all()
+        rows = rows[:, :4]
+    assert (rows > 0).all()
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_one_empty_prompt_leaves_the_others_conditional(family_args, family):
+    _, _, _, pipe = actors(family_args(family))
+    encode, z = Conditioning(pipe.encode_prompt, "cpu"), noise(1).repeat(3, 1, 1, 1)
+    prompts = ["a red apple", "", "blue cat"]
+    with torch.no_grad():
+        mixed = pipe.generate(pipe.denoiser, z, encode(prompts))
+        alone = torch.cat([pipe.generate(pipe.denoiser, z[:1], encode([p])) for p in prompts])
+    torch.testing.assert_close(mixed, alone, atol=1e-5, rtol=0)
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-3 and (mixed[0] - mixed[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
+    """c, ∅ and u + w (c − u) as the stock pipeline has them: its noise prediction inside one guided step."""
+    _, models, stock, pipe = actors(family_args(family))
+    reference, seen = getattr(stock, models.denoiser), []
+    encode, z, scale = Conditioning(pipe.encode_prompt, "cpu"), noise(1), 4.5
+    original = stock.scheduler.step
+    stock.scheduler.step = lambda output, t, *rest, **kwargs: (
+        seen.append((output, t)),
+        original(output, t, *rest, **kwargs),
+    )[1]
+    stock.scheduler.scale_model_input = lambda x, t: x  # SDXL's Euler sampler works in other units
+    stock.set_progress_bar_config(disable=True)
+    options = {"use_resolution_binning": False, "clean_caption": False} if family == "pixart" else {}
+    stock("blue cat", latents=z, num_inference_steps=2, guidance_scale=scale, height=16, width=16, **options)
+    guided, t = seen[0]
+    scale_z = stock.scheduler.init_noise_sigma if family == "sdxl" else 1.0
+    t = torch.tensor([int(t)])
+    with torch.no_grad():
+        c, null = (
+            pipe.denoise(reference, z * scale_z, t, e) for e in (encode(["blue cat"]), null_condition(stock, encode))
+        )
+    torch.testing.assert_close(null + scale * (c - null), guided[:, :4], atol=1e-5, rtol=1e-4)
+
+
+def test_sdxl_null_is_zero_and_its_empty_prompt_is_not(family_args):
+    _, _, stock, pipe = actors(family_args("sdxl"))
+    encode = Conditioning(pipe.encode_prompt, "cpu")
+    assert all((v == 0).all() for v in null_condition(stock, encode).values())
+    assert all((v != 0).any() for v in encode([""]).values())
+
+
+@pytest.mark.parametrize("family", ["sd", "sd2"])
+def test_prediction_types(family_args, family):
+    """x̂0 and ε̂ of the schedule agree with diffusers' own conversion."""
+    _, _, stock, pipe = actors(family_args(family))
+    schedule, x_t, output, t = NoiseSchedule(pipe.scheduler), noise(1), noise(1, seed=1), torch.tensor([300])
+    step = pipe.scheduler.step(output, 300, x_t)
+    torch.testing.assert_close(schedule.x0(output, x_t, t), step.pred_original_sample, atol=1e-5, rtol=1e-4)
+    alpha, sigma = schedule(t)
+    eps = schedule.epsilon(output, x_t, t)
+    torch.testing.assert_close(alpha * schedule.x0(output, x_t, t) + sigma * eps, x_t, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def start_points(tmp_path, models):
+    """The same other SD network as a pipeline, a network's folder, a .safetensors file and a .bin file."""
+    folder = tiny_sd(tmp_path / "pipeline", seed=5)
+    unet = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).unet
+    unet.save_pretrained(tmp_path / "network")
+    state = unet.state_dict()
+    save_file(state, tmp_path / "unet.safetensors")
+    torch.save(state, tmp_path / "unet.bin")
+    return state, [tmp_path / name for name in ("pipeline", "network", "unet.safetensors", "unet.bin")]
+
+
+def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start_points):
+    state, paths = start_points
+    for path in paths:
+        command = family_args("sd", "--pretrained_generator_name_or_path", path, "--timestep", 399)
+        *_, pipe = actors(command)
+        assert pipe.config.timestep == 399
+        got = pipe.unet.state_dict()
+        assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
+        with pytest.raises(ValueError, match=r"names no t\*"):
+            read_models(parse_args(command[:-2]))
+
+
+def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
+    from diff_instruct import configs
+
+    asked, (_, paths) = [], start_points
+    monkeypatch.setattr(
+        configs, "hf_hub_download", lambda repo, name, **_: (asked.append((repo, name)), str(paths[2]))[1]
+    )
+    *_, pipe = actors(
+        family_args("sd", "--pretrained_generator_name_or_path", "a/b/c/unet.safetensors", "--timestep", 1)
+    )
+    assert set(asked) == {("a/b", "c/unet.safetensors")}
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_adapters_are_few(family_args, family):
+    _, _, _, pipe = actors(family_args(family, "--lora_rank", 2))
+    trained = sum(p.numel() for p in trainable(pipe.denoiser))
+    assert 0 < trained < 0.2 * sum(p.numel() for p in pipe.denoiser.parameters())
