@@ -68,7 +68,9 @@ def main(args):
 
     # 3. The actors: reward, generator (in `pipe`, which is what is shipped), reference, teaching assistant.
     reward, heldout = load_mix(args, device), load_heldout(args, device)
-    tiny_decoder = TinyDecoder(args.reward_decoder, args.cache_dir).to(device) if args.reward_decoder else None
+    if args.reward_decoder:
+        latent_channels = models.networks["vae"].config.latent_channels
+        tiny_decoder = TinyDecoder(args.reward_decoder, latent_channels, args.cache_dir).to(device)
     stock = load_reference(args, models, dtype)
     pipe = load_generator(args, models, stock)
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
@@ -84,10 +86,7 @@ def main(args):
     pipe.denoiser.train()
     ta.train()
     stock.to(device)
-    decode = pipe.decode
-    if tiny_decoder is not None:
-        tiny_decoder.check(latent_shape)
-        decode = tiny_decoder
+    decode = tiny_decoder if args.reward_decoder else pipe.decode  # of the reward's gradient; figures use the VAE
 
     # 4. Optimizers, average, data.
     total_steps = args.pretrain_steps + args.max_train_steps

@@ -1,4 +1,4 @@
-"""Brakes against reward hacking that act over time: a slow start and an early stop. (A third: caps, in rewards/mix.)"""
+"""Brakes against reward hacking that act over time: a slow start and an early stop. (A third: caps, in mix.py.)"""
 
 
 def warmed_up(reward_scale, step, warmup_steps):

@@ -54,7 +54,7 @@ def read(file):
 
 
 def check_state(expected, state, source):
-    """Raises ValueError if a tensor is missing in `state` or has another shape than in `expected`; more may be there."""
+    """Raises ValueError if a tensor of `expected` is missing in `state` or has another shape; more may be there."""
     wrong = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise ValueError(

@@ -9,30 +9,25 @@ class TinyDecoder(torch.nn.Module):
 
     Args:
         path (`str`): Hub id or folder of an `AutoencoderTiny`, for example madebyollin/taesd.
+        latent_channels (`int`): C, of the model that is trained.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if it is not there or made for other latents.
     """
 
-    def __init__(self, path, cache_dir=None):
+    def __init__(self, path, latent_channels, cache_dir=None):
         super().__init__()
         try:
             self.vae = AutoencoderTiny.from_pretrained(path, cache_dir=cache_dir)
         except OSError as error:
             line = str(error).split("\n")[0]
-            raise ValueError(
-                f"--reward_decoder {path} is no AutoencoderTiny on the Hub or in a folder: {line}"
-            ) from None
-        self.path = path
-        self.requires_grad_(False).eval()
-
-    def check(self, latent_shape):
-        """Raises ValueError if it is made for other latents than these, (C, h, w)."""
+            raise ValueError(f"--reward_decoder {path}: no AutoencoderTiny on the Hub or a folder: {line}") from None
         channels = self.vae.config.latent_channels
-        if channels != latent_shape[0]:
+        if channels != latent_channels:
             raise ValueError(
-                f"--reward_decoder {self.path} decodes {channels} channels, but the latents have {latent_shape[0]}"
+                f"--reward_decoder {path} decodes {channels} channels; the latents have {latent_channels}"
             )
+        self.requires_grad_(False).eval()
 
     def forward(self, x0):
         config = self.vae.config

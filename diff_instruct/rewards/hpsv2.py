@@ -80,8 +80,16 @@ class HPSv2(ClipScorer):
         file = find(name, path, REPO, FILES[name], cache_dir)
         tokenizer = load_tokenizer(CLIPTokenizer, name, path, TOKENIZER, cache_dir)
         state = read(file)
-        model = network(CLIPModel, config(), from_open_clip(state.get("state_dict", state)), file)
-        return cls(name, model, tokenizer)
+        return cls.from_state(name, state.get("state_dict", state), tokenizer, file, config())
+
+    @classmethod
+    def from_state(cls, name, state, tokenizer, source, config):
+        """From the published tensors, with open_clip's names; `source` is named if they do not fit.
+
+        Raises:
+            ValueError: if a tensor is missing or has another shape.
+        """
+        return cls(name, network(CLIPModel, config, from_open_clip(state), source), tokenizer)
 
     def tokenize(self, prompts):
         """As open_clip does: HTML entities are read twice over."""

@@ -2,7 +2,6 @@
 
 import re
 
-import torch
 import torch.nn.functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -75,11 +74,19 @@ class ImageReward(Scorer):
         """
         file = find("image_reward", path, REPO, FILE, cache_dir)
         tokenizer = load_tokenizer(BertTokenizer, "image_reward", path, TOKENIZER, cache_dir)
-        vision_config, text_config = configs()
-        vision, text, mlp_state = split_state(read(file))
-        vision = network(BlipVisionModel, vision_config, vision, file)
-        text = network(BlipTextModel, text_config, text, file, add_pooling_layer=False)
-        return cls(vision, text, LinearMLP.from_state(text_config.hidden_size, mlp_state, file), tokenizer)
+        return cls.from_state(read(file), tokenizer, file, *configs())
+
+    @classmethod
+    def from_state(cls, state, tokenizer, source, vision_config, text_config):
+        """From the published tensors, with their published names; `source` is named if they do not fit.
+
+        Raises:
+            ValueError: if a tensor is missing or has another shape.
+        """
+        vision, text, mlp = split_state(state)
+        vision = network(BlipVisionModel, vision_config, vision, source)
+        text = network(BlipTextModel, text_config, text, source, add_pooling_layer=False)
+        return cls(vision, text, LinearMLP.from_state(text_config.hidden_size, mlp, source), tokenizer)
 
     def look(self, pixels):
         """Embeddings (B, N, D) of pixels (B, 3, H, W): the whole picture, then its patches."""

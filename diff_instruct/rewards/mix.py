@@ -1,5 +1,7 @@
 """Several rewards as one: r(x, c) = Σ weight · min(r_i(x, c), cap_i)."""
 
+import math
+
 import torch
 
 
@@ -32,7 +34,7 @@ class Mix(torch.nn.Module):
 
     def combine(self, scores):
         """The mix (B,) of what `scores` returned."""
-        return sum(self.weights[name] * r.clamp(max=self.caps.get(name)) for name, r in scores.items())
+        return sum(self.weights[name] * r.clamp(max=self.caps.get(name, math.inf)) for name, r in scores.items())
 
     def forward(self, pixels, prompts):
         """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`."""
