@@ -25,17 +25,26 @@ from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_che
 from diff_instruct.configs import read_models
 from diff_instruct.evaluation import compare, diversity_features, evaluate, fixed_noise
 from diff_instruct.export import export, figure_names
-from diff_instruct.lora import trainable
+from diff_instruct.lora import checkpoint_block, trainable
 from diff_instruct.memory import plan, table
 from diff_instruct.models import load_generator, load_reference, null_condition
-from diff_instruct.objectives import denoising_loss, guide, ikl_gradient, reward_gradient, weight
+from diff_instruct.objectives import (
+    denoise,
+    denoising_loss,
+    diffused_reward_gradient,
+    guide,
+    ikl_gradient,
+    reward_gradient,
+    score_gradient,
+    weight,
+)
 from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
 from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.schedule import NoiseSchedule
-from diff_instruct.teaching_assistant import make_teaching_assistant, reference_mode
+from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
 
 
 def main(args):
@@ -78,7 +87,8 @@ def main(args):
     ta = make_teaching_assistant(reference, args.ta_lora_rank, args.ta_lora_alpha)
     if args.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
-        ta.enable_gradient_checkpointing()
+        for network in (ta, reference):
+            network.enable_gradient_checkpointing(checkpoint_block)
         stock.vae.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         for network in (pipe.denoiser, ta, reference):
@@ -115,6 +125,9 @@ def main(args):
         heldout_scores = state["heldout_scores"]
 
     # 5. The functions in Algorithm 1.
+    score_based, diffused = args.divergence == "score", args.reward_mode == "diffused"
+    distance = args.score_distance, args.huber_c, args.score_guidance
+    reward_batch, steps_k = args.reward_batch_size or args.train_batch_size, args.diffused_reward_steps
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null_condition(stock, encode).items()}
 
     def sample():
@@ -127,13 +140,19 @@ def main(args):
         return pipe.generate(generator, z, c)
 
     def x0_ta(x_t, t, c):
-        """x̂0 of s_ψ(x_t, t, c)"""
-        return schedule.x0(pipe.denoise(ta, x_t, t, c), x_t, t)
+        """x̂0 of s_ψ(x_t, t, c); not through DDP, which waits for gradients of ψ"""
+        return schedule.x0(pipe.denoise(accelerator.unwrap_model(ta), x_t, t, c), x_t, t)
 
     def x0_ref(x_t, t, c):
         """x̂0 of s_ref(x_t, t, c)"""
         with reference_mode(reference, args.ta_lora_rank > 0):
             return schedule.x0(pipe.denoise(reference, x_t, t, c), x_t, t)
+
+    def x0_guided(x_t, t, c, alpha_cfg):
+        """x̂0 of s_ref(x_t, t, c), of s_ref(x_t, t, ∅) and of the guided s̃_ref(x_t, t, c)"""
+        from_ref = x0_ref(x_t, t, c)
+        from_null = from_ref if alpha_cfg == 1 else x0_ref(x_t, t, null)
+        return from_ref, from_null, guide(from_ref, from_null, alpha_cfg)
 
     def forward_passes(network):
         """The forward and backward passes of one optimizer step; processes exchange gradients in the last one."""
@@ -186,21 +205,29 @@ def main(args):
                 accelerator.backward(ta_loss / args.gradient_accumulation_steps)
             step_psi()
 
-        # ψ is frozen; θ takes a step on −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩.
+        # ψ is frozen; θ takes a step on −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩, or, with
+        # the score-based divergence of y_t = s_ψ − s̃_ref, + w(t) ⟨−d'(y_t), s_ψ(x_t, t, c) − ∇ log p(x_t | x0)⟩.
         for _ in forward_passes(generator):
             prompts, c, z, t, eps = sample()
             x0 = g(z, c)
-            with torch.no_grad():
+            with frozen(ta):
+                cut = x0.detach().requires_grad_()  # what follows gives dL/dx0, and θ's gradient starts from it
                 alpha, sigma = schedule(t)
-                x_t = schedule.add_noise(x0, eps, t)
-                from_ta, from_ref = x0_ta(x_t, t, c), x0_ref(x_t, t, c)
-                from_null = from_ref if alpha_cfg == 1 else x0_ref(x_t, t, null)
-                w = weight(args.weighting, alpha, sigma, x0, guide(from_ref, from_null, alpha_cfg))
-                grad_ikl, grad_cfg = ikl_gradient(from_ta, from_ref, from_null, alpha_cfg, w, alpha, sigma)
-            r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(x0)
-            if alpha_rew != 0:
-                r, grad_r = reward_gradient(x0, prompts, reward, decode, args.reward_batch_size or len(x0))
-            dL_dx0 = -alpha_rew * grad_r + grad_ikl + grad_cfg
+                x_t = schedule.add_noise(cut, eps, t)
+                with torch.set_grad_enabled(score_based):
+                    from_ta = x0_ta(x_t, t, c)
+                with torch.set_grad_enabled(score_based or (diffused and alpha_rew != 0)):
+                    from_ref, from_null, guided = x0_guided(x_t, t, c, alpha_cfg)
+                w = weight(args.weighting, alpha, sigma, cut, guided)
+                scores = from_ta, from_ref, from_null, alpha_cfg, w, alpha, sigma
+                grad_div, grad_cfg = score_gradient(cut, *scores, *distance) if score_based else ikl_gradient(*scores)
+                r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(cut)
+                if alpha_rew != 0 and diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
+                    d_k = denoise(guided, x_t, t, lambda x, s: x0_guided(x, s, c, alpha_cfg)[2], schedule, steps_k)
+                    r, grad_r = diffused_reward_gradient(cut, d_k, w, prompts, reward, decode, reward_batch)
+                elif alpha_rew != 0:
+                    r, grad_r = reward_gradient(cut, prompts, reward, decode, reward_batch)
+            dL_dx0 = -alpha_rew * grad_r + grad_div + grad_cfg
             accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
         if step_theta() and ema is not None:
             ema.decay = ema.min_decay = ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step)
@@ -214,7 +241,7 @@ def main(args):
                 "reward": r.mean(),
                 **reward.take_parts(len(x0)),
                 "norm_reward": alpha_rew * grad_r.flatten(1).norm(dim=1).mean(),
-                "norm_ikl": grad_ikl.flatten(1).norm(dim=1).mean(),
+                "norm_divergence": grad_div.flatten(1).norm(dim=1).mean(),
                 "norm_cfg": grad_cfg.flatten(1).norm(dim=1).mean(),
                 "x0_mean": x0.detach().mean(),
                 "x0_std": x0.detach().std(),
@@ -222,7 +249,7 @@ def main(args):
             figures = {k: accelerator.reduce(v, "mean").item() for k, v in figures.items()}
             figures["skipped_steps"] = step_theta.skipped + step_psi.skipped
             figures["learning_rate"] = theta_lr.get_last_lr()[0]
-            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("reward", "ta_loss", "norm_ikl")})
+            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("reward", "ta_loss", "norm_divergence")})
             if history:
                 history.log(accelerator, done, figures)
         if args.validation_steps and done % args.validation_steps == 0:

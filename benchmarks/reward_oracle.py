@@ -91,7 +91,8 @@ def image_reward(size, folder):
     width, layers, heads = size["text"]
     med = {
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": 30524 if width == 768 else 64,
+        "num_attention_heads": heads, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+        "vocab_size": 30524 if width == 768 else 64,
         "max_position_embeddings": 512, "add_cross_attention": True, "pad_token_id": 0, "model_type": "bert",
     }  # fmt: skip
     (folder / "med_config.json").write_text(json.dumps(med))

@@ -2,8 +2,8 @@
 
 Builds an isolated environment in FOLDER if there is none (it wants pip and a package index): Python 3.11 with
 image-reward 1.5, hpsv2 1.2.0 and what they need, old transformers and timm. `reward_oracle.py` runs in it: random
-weights in the published layout, scores and pixel gradients by the original code. Here the same checkpoint is read with our
-code, the same pictures are scored and the differences printed; it ends with status 1 if one is above its bar.
+weights in the published layout, scores and pixel gradients by the original code. Here the same checkpoint is read with
+our code, the same pictures are scored and the differences printed; it ends with status 1 if one is above its bar.
 
 `--save tests/oracle` keeps the outputs (not the weights, which are drawn again by name) for the default tests.
 """

@@ -6,7 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
-from diff_instruct.objectives import WEIGHTINGS
+from diff_instruct.objectives import DISTANCES, WEIGHTINGS
+from diff_instruct.presets import PRESETS
 from diff_instruct.rewards import REWARDS, check_rewards
 
 
@@ -67,6 +68,9 @@ def build_parser():
     g.add_argument("--validation_steps", type=int, default=100, help="draw and judge every so many steps; 0: never")
 
     g = parser.add_argument_group("Algorithm 1")
+    g.add_argument(
+        "--preset", choices=PRESETS, help="a method of the family, as defaults of the arguments below (quote 'di*')"
+    )
     g.add_argument("--pretrain_steps", type=int, default=0, help="generator steps of distillation, without reward")
     g.add_argument(
         "--pretrain_cfg_scale", type=float, default=1.5, help="guidance α_cfg of the reference while pretraining"
@@ -77,6 +81,23 @@ def build_parser():
         "--cfg_scale", type=float, default=4.5,
         help="α_cfg, guidance of the reference as uncond + α (cond − uncond): 1 is none; the paper's: 1, 4.5",
     )  # fmt: skip
+    g.add_argument(
+        "--divergence", choices=["ikl", "score"], default="ikl",
+        help="from the reference: the integral KL (DI, DI++, DIDR) or a distance of scores (SIM, DI*), which takes "
+        "gradients through both networks: more memory and time",
+    )  # fmt: skip
+    g.add_argument("--score_distance", choices=DISTANCES, default="pseudo_huber", help="d(y) of --divergence score")
+    g.add_argument("--huber_c", type=float, default=0.01, help="c/√d of the pseudo-Huber distance sqrt(‖y‖² + c²) − c")
+    g.add_argument(
+        "--score_guidance", choices=["inside", "outside"], default="inside",
+        help="--cfg_scale within the distance of scores, or beside it as the implicit reward that it is in the IKL",
+    )  # fmt: skip
+    g.add_argument(
+        "--reward_mode", choices=["clean", "diffused"], default="clean",
+        help="reward of the generated image, or (DIDR) of what the reference makes of it from every noise level; then "
+        "--reward_scale is the exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
+    )  # fmt: skip
+    g.add_argument("--diffused_reward_steps", type=int, default=1, help="k, denoising steps of --reward_mode diffused")
     g.add_argument(
         "--ta_steps", type=int, default=1, help="K_TA, steps of the teaching assistant for one of the generator"
     )
@@ -172,10 +193,12 @@ def parse_args(input_args=None):
         ValueError: one line that says what to do, for a mistake that can be seen without loading a model.
     """
     parser = build_parser()
-    args = given = parser.parse_args(input_args)
+    given = parser.parse_args(input_args)
     if given.pretrained_model_name_or_path is None:
         parser.set_defaults(**pocket_defaults())
-        args = parser.parse_args(input_args)
+    parser.set_defaults(**PRESETS.get(given.preset, {}))
+    args = parser.parse_args(input_args)
+    if given.pretrained_model_name_or_path is None:
         if given.dataset_name or given.train_prompts:  # one's own prompts: judge with those, too
             args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     check_args(args)
@@ -197,11 +220,18 @@ def check_args(args):
             raise ValueError(f"--{name} must not be negative")
     if args.reward_batch_size is not None and args.reward_batch_size < 1:
         raise ValueError("--reward_batch_size must be at least 1")
-    for name in ("ta_steps", "train_batch_size", "gradient_accumulation_steps", "num_eval_prompts", "logging_steps"):
+    at_least_one = ("ta_steps", "train_batch_size", "gradient_accumulation_steps", "num_eval_prompts", "logging_steps")
+    for name in (*at_least_one, "diffused_reward_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
     if args.num_eval_images < 2:
         raise ValueError("--num_eval_images must be at least 2: diversity is measured between images of one prompt")
+    if args.huber_c <= 0:
+        raise ValueError("--huber_c must be positive: at 0 the distance has no gradient where the scores agree")
+    if args.divergence == "score" and args.reward_mode == "diffused":
+        raise ValueError(
+            "--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives"
+        )
     if not 0 <= args.min_timestep < args.max_timestep <= 1:
         raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
     check_rewards(args)

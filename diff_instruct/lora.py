@@ -1,11 +1,12 @@
 """LoRA by peft, in any of the networks: put in, switched off, merged."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.checkpoint import checkpoint
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -30,17 +31,34 @@ def add_lora(network, rank, alpha=None):
 
 
 @contextmanager
-def adapters_off(network):
-    """Within: the network without its adapters, that is the base. For evaluations without gradient only."""
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+def adapters(network, enabled):
+    """Within: the network with its LoRA adapters, or without them, as the base."""
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and m.disable_adapters == enabled]
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+
+    def switch(to):
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.enable_adapters(to)
+        for p, flag in flags:  # PEFT's switch also sets requires_grad
+            p.requires_grad_(flag)
+
+    switch(enabled)
+    try:
+        yield
+    finally:
+        switch(not enabled)
+
+
+def checkpoint_block(block, *args):
+    """Gradient checkpointing for `enable_gradient_checkpointing`, where the same block serves as TA and as reference.
+
+    The backward pass computes the block again; that must happen with adapters as they were in the forward pass, not as
+    they are then, or the gradient is silently that of the other network.
+    """
+    layers = [m for m in block.modules() if isinstance(m, BaseTunerLayer)]
+    enabled = not any(layer.disable_adapters for layer in layers)
+    contexts = lambda: (nullcontext(), adapters(block, enabled))  # noqa: E731
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 @torch.no_grad()

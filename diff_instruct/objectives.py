@@ -1,4 +1,12 @@
-"""The formulas of Diff-Instruct++ (arXiv 2410.18881): pure tensors in, tensors out.
+"""The formulas of the Diff-Instruct family: pure tensors and functions in, tensors out.
+
+| method | source | θ-step: dL/dx0 = |
+|---|---|---|
+| DI | arXiv 2305.18455 | `ikl_gradient` |
+| DI++ | arXiv 2410.18881 | `ikl_gradient` − α_rew `reward_gradient` |
+| SIM | arXiv 2410.16794 | `score_gradient` |
+| DI* | arXiv 2410.20898 | `score_gradient` − α_rew `reward_gradient` |
+| DIDR | arXiv 2605.24001 | `ikl_gradient` − α_rew `diffused_reward_gradient` |
 
 Scores enter through the estimates x̂0 of the clean latents, s = (α x̂0 − x_t) / σ² (Tweedie), so that a difference of
 two scores at the same x_t is (α / σ²) times the difference of two x̂0: no cancellation of large numbers.
@@ -10,6 +18,7 @@ import torch
 
 KAPPA = 10.0
 WEIGHTINGS = ("dmd", "x0", "eps", "score")
+DISTANCES = ("pseudo_huber", "l2")
 
 
 def denoising_loss(eps_hat, eps):
@@ -62,7 +71,70 @@ def ikl_gradient(x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma):
     """
     divergence = score_difference(x0_ta, x0_cond, alpha, sigma)
     guidance = (cfg_scale - 1) * score_difference(x0_uncond, x0_cond, alpha, sigma)
-    return w * alpha * divergence, w * alpha * guidance
+    return (w * alpha * divergence).detach(), (w * alpha * guidance).detach()
+
+
+def distance_gradient(y, distance, huber_c):
+    """d'(y), (B, C, H, W), of a distance d of each sample's difference of scores y (SIM, DI*).
+
+    `pseudo_huber`: d(y) = √d (sqrt(‖y‖² + c²) − c) with c = `huber_c` √d, which makes d'(y) =
+    y / sqrt(mean(y²) + huber_c²), with elements near 1 at any latent size. It is the papers' distance times √d, a
+    factor that may be seen as a part of w(t).
+    `l2`: d(y) = ‖y‖², d'(y) = 2 y; `huber_c` has no effect.
+
+    Raises:
+        ValueError: for an unknown distance.
+    """
+    if distance == "pseudo_huber":
+        return y / ((y**2).mean(dim=(1, 2, 3), keepdim=True) + huber_c**2).sqrt()
+    if distance == "l2":
+        return 2 * y
+    raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, but is {distance}")
+
+
+def score_gradient(
+    x0, x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma, distance="pseudo_huber", huber_c=0.01, guidance="inside"
+):
+    """The gradient at x0 of the score-based divergence w(t) E d(y_t), y_t = s_ψ(x_t) − s̃_ref(x_t) (SIM, DI*).
+
+    It is that of w(t) ⟨−d'(y_t), s_ψ(x_t) − ∇ log p(x_t | x0)⟩, where x_t = α x0 + σ ε carries gradient through both
+    factors, so through both networks. ∇ log p(x_t | x0) = (α x0 − x_t) / σ² is a score with x̂0 = x0, hence a plain
+    difference of two.
+
+    Args:
+        x0: a leaf that requires gradient; the estimates `x0_ta`, `x0_cond` and `x0_uncond` have been computed from it
+            with gradient enabled, the networks' parameters frozen.
+        guidance: "inside" y_t, as DI* finds best; or "outside": y_t has the unguided reference, and the implicit
+            reward of classifier-free guidance is added as in `ikl_gradient`.
+
+    Returns:
+        The gradient of the divergence, and that of guidance where it is outside (else zeros), each (B, C, H, W).
+    """
+    target, outside = guide(x0_cond, x0_uncond, cfg_scale), torch.zeros_like(x0)
+    if guidance == "outside":
+        target, outside = x0_cond, ikl_gradient(x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma)[1]
+    y = score_difference(x0_ta, target, alpha, sigma)
+    loss = -w * distance_gradient(y, distance, huber_c) * score_difference(x0_ta, x0, alpha, sigma)
+    return torch.autograd.grad(loss.sum(), x0)[0], outside
+
+
+def denoise(x0_ref, x_t, t, estimate, schedule, steps):
+    """D_k(x_t, c), (B, C, H, W): k = `steps` deterministic (DDIM, η = 0) steps from t to clean latents.
+
+    Args:
+        x0_ref: the first estimate, x̂0 at (x_t, t); k = 1 is this posterior mean itself.
+        estimate: the function (x_t, t) -> x̂0 that makes the later ones, at t (k − 1)/k, ..., t/k.
+        schedule: the function t -> (α_t, σ_t).
+    """
+    x0, now = x0_ref, t
+    for i in range(1, steps):
+        alpha, sigma = schedule(now)
+        eps_hat = (x_t - alpha * x0) / sigma
+        now = t * (steps - i) // steps
+        alpha, sigma = schedule(now)
+        x_t = alpha * x0 + sigma * eps_hat
+        x0 = estimate(x_t, now)
+    return x0
 
 
 def reward_gradient(x0, prompts, reward, decode, batch_size):
@@ -77,3 +149,18 @@ def reward_gradient(x0, prompts, reward, decode, batch_size):
         gradients.append(torch.autograd.grad(r.sum(), part)[0])
         rewards.append(r.detach())
     return torch.cat(rewards), torch.cat(gradients)
+
+
+def diffused_reward_gradient(x0, denoised, w, prompts, reward, decode, batch_size):
+    """r(D_k(x_t, c), c), (B,), and w(t) α ∇_{x_t} r(D_k(x_t, c), c), (B, C, H, W) (DIDR, arXiv 2605.24001).
+
+    α_rew times it is w α s_r: the target score becomes s̃_ref + s_r, that of p_ref(x0 | c) exp(α_rew r(x0, c)). So
+    α_rew is the exponent of the tilt, in nats per unit of reward. Unlike the gradient of the clean image's reward it
+    is multiplied by w(t), κ/√d included, so that the optimum depends on neither w(t) nor κ nor d.
+
+    Args:
+        x0: the leaf from which `denoised`, D_k(x_t, c), has been computed; w as in `weight`; the rest as in
+            `reward_gradient`: only decoder and reward run in micro-batches.
+    """
+    rewards, gradient = reward_gradient(denoised, prompts, reward, decode, batch_size)
+    return rewards, w * torch.autograd.grad(denoised, x0, gradient)[0]

@@ -16,7 +16,7 @@ PANELS = {
     "judged on held-out prompts": ["val_reward", "val_reward_*", "val_heldout", "val_heldout_*"],
     "diversity within a prompt": ["val_diversity"],
     "loss of the teaching assistant": ["ta_loss"],
-    "gradient at x0, norm per sample": ["norm_reward", "norm_ikl", "norm_cfg"],
+    "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
     "x0": ["x0_mean", "x0_std"],
 }
 

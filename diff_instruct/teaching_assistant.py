@@ -1,9 +1,9 @@
 """The teaching assistant s_ψ: a full copy of the reference, or LoRA on the reference's own frozen weights."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
-from diff_instruct.lora import adapters_off, add_lora
+from diff_instruct.lora import adapters, add_lora, trainable
 
 
 def make_teaching_assistant(reference, lora_rank=0, lora_alpha=None):
@@ -17,6 +17,19 @@ def make_teaching_assistant(reference, lora_rank=0, lora_alpha=None):
     return add_lora(reference, lora_rank, lora_alpha)
 
 
+@contextmanager
+def frozen(network):
+    """Within: nothing of the network is trained; a graph through it holds only what its input's gradient needs."""
+    parameters = trainable(network)
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
 def reference_mode(network, has_lora):
     """The context in which `network` acts as the frozen reference."""
-    return adapters_off(network) if has_lora else nullcontext()
+    return adapters(network, False) if has_lora else nullcontext()

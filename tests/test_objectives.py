@@ -7,7 +7,18 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diff_instruct.objectives import KAPPA, WEIGHTINGS, denoising_loss, guide, ikl_gradient, reward_gradient, weight
+from diff_instruct.objectives import (
+    KAPPA,
+    WEIGHTINGS,
+    denoise,
+    denoising_loss,
+    diffused_reward_gradient,
+    guide,
+    ikl_gradient,
+    reward_gradient,
+    score_gradient,
+    weight,
+)
 from diff_instruct.schedule import NoiseSchedule
 
 
@@ -23,21 +34,38 @@ def x0_of_gaussian(x_t, mean, var, alpha, sigma):
     return mean + alpha * var / (alpha**2 * var + sigma**2) * (x_t - alpha * mean)
 
 
-def gradient_in_a_b(a, b, t, n, cfg_scale=1.0, weighting="score", reward_scale=0.0, k=0.0, seed=0):
-    """Monte Carlo dL/d(a, b) per element (summed over the d elements, as the loss is) by one `backward` at x0."""
+def gradient_in_a_b(
+    a, b, t, n, cfg_scale=1.0, weighting="score", reward_scale=0.0, k=0.0, seed=0, distance=None, diffused_steps=0
+):
+    """Monte Carlo dL/d(a, b) per element (summed over the d elements, as the loss is) by one `backward` at x0.
+
+    The generator's step of the script: the integral KL, or the score-based divergence if `distance` gives its options;
+    the reward k · sum(x) of the clean image, or diffused if `diffused_steps` > 0.
+    """
     rng = torch.Generator().manual_seed(seed)
     a, b = (torch.tensor(float(v), requires_grad=True) for v in (a, b))
     z, eps = torch.randn(2, n, *SHAPE, generator=rng)
     t = torch.full((n,), t) if isinstance(t, int) else t
     x0 = a * z + b
-    with torch.no_grad():
-        alpha, sigma = schedule(t)
-        x_t = schedule.add_noise(x0, eps, t)
-        from_ta = x0_of_gaussian(x_t, b, a**2, alpha, sigma)
-        from_ref, from_null = (x0_of_gaussian(x_t, m, S, alpha, sigma) for m in (MU, M))
-        w = weight(weighting, alpha, sigma, x0, guide(from_ref, from_null, cfg_scale))
-        divergence, guidance = ikl_gradient(from_ta, from_ref, from_null, cfg_scale, w, alpha, sigma)
-    _, dr = reward_gradient(x0, ["c"] * n, lambda pixels, prompts: k * pixels.sum(dim=(1, 2, 3)), lambda x: x, n)
+    cut = x0.detach().requires_grad_()
+    alpha, sigma = schedule(t)
+    x_t = schedule.add_noise(cut, eps, t)
+    from_ta = x0_of_gaussian(x_t, b.detach(), a.detach() ** 2, alpha, sigma)
+
+    def reference(x_t, t):
+        cond, null = (x0_of_gaussian(x_t, m, S, *schedule(t)) for m in (MU, M))
+        return cond, null, guide(cond, null, cfg_scale)
+
+    from_ref, from_null, guided = reference(x_t, t)
+    w = weight(weighting, alpha, sigma, cut, guided)
+    scores = from_ta, from_ref, from_null, cfg_scale, w, alpha, sigma
+    divergence, guidance = score_gradient(cut, *scores, *distance) if distance else ikl_gradient(*scores)
+    judge = ["c"] * n, lambda pixels, prompts: k * pixels.sum(dim=(1, 2, 3)), lambda x: x, n
+    if diffused_steps:
+        d_k = denoise(guided, x_t, t, lambda x, s: reference(x, s)[2], schedule, diffused_steps)
+        _, dr = diffused_reward_gradient(cut, d_k, w, *judge)
+    else:
+        _, dr = reward_gradient(cut, *judge)
     x0.backward((divergence + guidance - reward_scale * dr) / n)
     return a.grad.item() / D, b.grad.item() / D
 

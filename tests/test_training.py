@@ -42,7 +42,9 @@ def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys):
     assert [row["step"] for row in history if "ta_loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in history if "val_reward" in row] == [0, 2, 4]
     assert all(
-        row["norm_ikl"] > 0 and row["norm_cfg"] > 0 and row["norm_reward"] > 0 for row in history if "ta_loss" in row
+        row["norm_divergence"] > 0 and row["norm_cfg"] > 0 and row["norm_reward"] > 0
+        for row in history
+        if "ta_loss" in row
     )
     assert list((out / "logs").rglob("events*"))
     card = (out / "README.md").read_text()
@@ -53,7 +55,10 @@ def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options",
     [[], ["--ta_lora_rank", 2], ["--gradient_checkpointing"], ["--mixed_precision", "bf16"],
-     ["--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"]],
+     ["--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"],
+     ["--divergence", "score", "--mixed_precision", "bf16", "--gradient_checkpointing"],
+     ["--divergence", "score", "--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"],
+     ["--reward_mode", "diffused", "--ta_lora_rank", 2, "--mixed_precision", "bf16"]],
 )  # fmt: skip
 def test_only_generator_and_ta_are_trained(tiny_args, monkeypatch, options):
     """After a run: every trained parameter has moved; the reference's outputs are the same bit for bit."""
