@@ -1,5 +1,5 @@
 """Our rewards against the original packages: against what they returned (tests/oracle), and, with -m oracle, against
-the packages themselves (`benchmarks/reward_parity.py`; the environment in $REWARD_ORACLE_ENV is built if there is none).
+the packages themselves (`benchmarks/reward_parity.py`; the environment in $REWARD_ORACLE_ENV is built if missing).
 """
 
 import os
