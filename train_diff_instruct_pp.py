@@ -66,7 +66,6 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
-    check_accelerations(args, device)
     models = read_models(args)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -74,6 +73,7 @@ def main(args):
     validation_prompts = args.validation_prompts or eval_prompts[:8]
     if args.dry_run:
         return
+    check_accelerations(args, device)
 
     # 3. The actors: reward, generator (in `pipe`, which is what is shipped), reference, teaching assistant.
     reward, heldout = load_mix(args, device), load_heldout(args, device)

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
+from transformers.utils import cached_file
 
 
 # The stock pipelines, with their network and where a generator is evaluated if nobody says: σ/α = 2.0 (as in DMD),
@@ -66,7 +67,10 @@ def empty_network(path, name, library, class_name, **where):
             with init_empty_weights():
                 return cls.from_config(cls.load_config(path, subfolder=name, **where))
         cls = getattr(transformers, class_name)
-        config = cls.config_class.from_pretrained(path, subfolder=name, **where)
+        file = cached_file(path, "config.json", subfolder=name, **where)
+        if file is None:  # so says transformers, for a folder
+            raise FileNotFoundError
+        config = cls.config_class.from_json_file(file)
         with init_empty_weights():
             return cls(config)
     except OSError:
@@ -87,6 +91,8 @@ def read_models(args):
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family}; supported are {', '.join(FAMILIES)}")
     denoiser, default_timestep = FAMILIES[family]
+    if args.enable_xformers_memory_efficient_attention and denoiser != "unet":
+        raise ValueError(f"--enable_xformers_memory_efficient_attention is for UNets, but {path} is a {family}")
 
     try:
         schedule = DDPMScheduler.load_config(path, subfolder="scheduler", **where)

@@ -282,3 +282,16 @@ def test_adapters_are_few(family_args, family):
     _, _, _, pipe = actors(family_args(family, "--lora_rank", 2))
     trained = sum(p.numel() for p in trainable(pipe.denoiser))
     assert 0 < trained < 0.2 * sum(p.numel() for p in pipe.denoiser.parameters())
+
+
+@pytest.mark.parametrize("preset", ["di*", "didr"])
+@pytest.mark.parametrize("family", ["pixart", "sd", "sdxl"])
+def test_every_method_in_every_family(family_args, tmp_path, family, preset):
+    """bfloat16, checkpointing and LoRA on both networks at once: it runs, and every gradient has a size."""
+    options = ["--preset", preset, "--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing"]
+    options += ["--mixed_precision", "bf16", "--max_train_steps", 2, "--validation_steps", 0]
+    script.main(parse_args(family_args(family, *options, "--reward_scale", 1)))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "norm_divergence" in row]
+    assert len(rows) == 2 and all(row["norm_divergence"] > 0 and row["norm_reward"] > 0 for row in rows)
+    assert rows[-1]["skipped_steps"] == 0

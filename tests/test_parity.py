@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.reward_oracle import PROMPTS, SIZES, bytes_of
 from benchmarks.reward_parity import BARS, differences, load_saved
 
 
@@ -33,6 +37,19 @@ def test_another_number_of_heads_is_noticed():
         layer.attention.self.attention_head_size //= 2
     found = differences("image_reward_tiny", reward, load_file(ORACLE / "image_reward_tiny" / "outputs.safetensors"))
     assert found["score"] > 100 * BARS["score"]
+
+
+def test_pictures_of_other_sizes_differ_by_pil_s_rounding_only():
+    """Resized by PIL itself they score the same; resized by us, near it: PIL rounds to 8 bits."""
+    outputs = load_file(ORACLE / "image_reward_tiny" / "outputs.safetensors")
+    reward = load_saved("image_reward_tiny", ORACLE / "image_reward_tiny")
+    for (height, width), expected in zip(SIZES, outputs["end_to_end"]):
+        size = [int(32 * side / min(height, width)) for side in (width, height)]
+        picture = np.array(Image.fromarray(bytes_of(height, width).numpy()).resize(size, Image.Resampling.BICUBIC))
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        assert abs(reward(pixels, [PROMPTS[-1]]) - expected) <= BARS["score"]
+        whole = bytes_of(height, width).permute(2, 0, 1)[None] / 255
+        assert abs(reward(whole, [PROMPTS[-1]]) - expected) <= 1e-2
 
 
 @pytest.mark.oracle

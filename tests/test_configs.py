@@ -1,0 +1,175 @@
+"""What is said before weights load: mistakes in one line, and the memory that each actor needs."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diff_instruct.arguments import parse_args
+from diff_instruct.configs import read_models
+from diff_instruct.lora import add_lora, trainable
+from diff_instruct.memory import plan, table
+from tests.tiny import tiny_sd
+from train_diff_instruct_pp import main
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ROOT / "benchmarks" / "architectures"
+
+
+def broken(folder, change):
+    """A copy of a pipeline's folder with something wrong in it."""
+    target = folder.parent / "broken"
+    shutil.copytree(folder, target)
+    change(target)
+    return str(target)
+
+
+def edit(file, **values):
+    def change(folder):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
+        (
+            edit("model_index.json", _class_name="FluxPipeline"),
+            "is a FluxPipeline; supported are PixArt",
+        ),
+        (lambda f: shutil.rmtree(f / "vae"), "has no vae: expected vae/config.json"),
+        (lambda f: shutil.rmtree(f / "unet"), "has no unet: expected unet/config.json"),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "has no text_encoder: expected"),
+        (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler: expected"),
+        (edit("model_index.json", unet=[None, None]), "has no unet: its model_index.json must name one"),
+        (
+            edit("scheduler/scheduler_config.json", prediction_type="flow_prediction"),
+            "type flow_prediction",
+        ),
+    ],
+)
+def test_incomplete_references(tiny_args, tmp_path, change, message):
+    tiny_sd(tmp_path / "model")
+    path = broken(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=message) as error:
+        main(parse_args([*tiny_args, "--pretrained_model_name_or_path", path]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--timestep", "1000"], r"--timestep 1000 is outside the schedule of .*: t\* must be in 0\.\.999"),
+        (["--timestep", "-1"], r"must be in 0\.\.999"),
+        (["--resolution", "17"], "--resolution 17 cannot be made: it must be a multiple of 2"),
+        (["--resolution", "0"], "cannot be made"),
+        (["--enable_xformers_memory_efficient_attention"], "xformers"),
+        (["--use_8bit_adam"], "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes"),
+        (["--pretrained_generator_name_or_path", "/nowhere/unet.safetensors"], "there is no file /nowhere/unet"),
+        (["--pretrained_generator_name_or_path", "{}"], "is neither a pipeline"),
+        (["--pretrained_generator_name_or_path", "{}/other.safetensors", "--timestep", "9"],
+         r"does not fit the reference's unet: 2 of \d+ weights .* such as conv_in.weight, surprise"),
+        (["--pretrained_generator_name_or_path", "{}/vae"], "is a AutoencoderKL, but the reference a UNet2DCondition"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_one_line(tiny_args, tmp_path, monkeypatch, options, message):
+    import diff_instruct.optimization as optimization
+
+    monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)  # on this machine it may be there
+    folder = tiny_sd(tmp_path / "model")
+    args = parse_args([*tiny_args, "--pretrained_model_name_or_path", folder])
+    state = {k: torch.zeros(v.shape) for k, v in read_models(args).networks["unet"].state_dict().items()}
+    state["conv_in.weight"], state["surprise"] = torch.zeros(1), torch.zeros(1)
+    (tmp_path / "start").mkdir()
+    save_file(state, tmp_path / "start" / "other.safetensors")
+    shutil.copytree(f"{folder}/vae", tmp_path / "start" / "vae")
+    options = [o.format(tmp_path / "start") for o in options]
+    with pytest.raises(ValueError, match=message) as error:
+        main(parse_args([*tiny_args, "--pretrained_model_name_or_path", folder, *options]))
+    assert "\n" not in str(error.value)
+
+
+def test_xformers_is_for_unets(tiny_args):
+    with pytest.raises(ValueError, match="is for UNets, but .* is a PixArtAlphaPipeline"):
+        main(parse_args([*tiny_args, "--enable_xformers_memory_efficient_attention"]))
+
+
+def planned(model, *options):
+    args = parse_args(["--pretrained_model_name_or_path", str(ARCHITECTURES / model), "--train_prompts", __file__,
+                       "--reward", "pocket", "--output_dir", "/tmp", *options])  # fmt: skip
+    models = read_models(args)
+    return models, plan(args, models, "bf16")
+
+
+@pytest.mark.parametrize(
+    "model, parameters, full, ta_lora",
+    [("PixArt-XL-2-512x512", 0.611, 23, 13), ("stable-diffusion-v1-5", 0.860, 33, 19),
+     ("stable-diffusion-xl-base-1.0", 2.567, 98, 57)],
+)  # fmt: skip
+def test_plan_of_the_papers_models(model, parameters, full, ta_lora):
+    """Parameters in billions as published; GB of generator, TA and reference, as reckoned in the papers' settings."""
+    models, rows = planned(model)
+    assert sum(p.numel() for p in models.networks[models.denoiser].parameters()) / 1e9 == pytest.approx(
+        parameters, abs=6e-4
+    )
+    actors = ("generator", "teaching assistant", "reference")
+    assert sum(sum(rows[a].values()) for a in actors) / 1e9 == pytest.approx(full, abs=0.6)
+    rows = planned(model, "--ta_lora_rank", "4")[1]
+    assert sum(sum(rows[a].values()) for a in actors) / 1e9 == pytest.approx(ta_lora, abs=0.6)
+
+
+def test_plan_is_what_a_run_holds(tiny_args):
+    """Counted on the tiny model: trained parameters of LoRA, and all weights."""
+    args = parse_args([*tiny_args, "--lora_rank", "2", "--ta_lora_rank", "3", "--no-use_ema", "--use_8bit_adam"])
+    models = read_models(args)
+    rows = plan(args, models, "no")
+    network = type(models.networks["transformer"]).from_config(models.networks["transformer"].config)
+    n, k = sum(p.numel() for p in network.parameters()), sum(p.numel() for p in trainable(add_lora(network, 2)))
+    assert rows["generator"] == {"weights": 4 * (n + k), "gradients": 4 * k, "optimizer": 2 * k, "ema": 0}
+    assert rows["reference"]["weights"] == 4 * n and rows["teaching assistant"]["weights"] == 4 * k // 2 * 3
+    assert table(rows).splitlines()[-2].startswith("sum")
+
+
+def test_dry_run_stops_before_weights(tiny_args, tmp_path, monkeypatch, capsys):
+    import train_diff_instruct_pp as script
+
+    monkeypatch.delattr(script, "load_reference")
+    main(parse_args([*tiny_args, "--dry_run"]))
+    out = capsys.readouterr().out
+    assert "teaching assistant" in out and "gradients" in out
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+def recipes():
+    text = (ROOT / "recipes" / "README.md").read_text().replace("\\\n", " ")
+    return re.findall(r"^accelerate launch .*$", text, flags=re.M)
+
+
+@pytest.mark.parametrize("command", recipes())
+def test_recipes(command, monkeypatch, tmp_path):
+    """Every command parses, names an accelerate config that exists, and is planned on the published architecture."""
+    words = shlex.split(command)
+    script = words.index("train_diff_instruct_pp.py")
+    config = words[words.index("--config_file") + 1]
+    assert (ROOT / config).is_file() and script == words.index(config) + 1
+    monkeypatch.chdir(tmp_path)
+    args = parse_args(words[script + 1 :])
+    hub_id = args.pretrained_model_name_or_path
+    args.pretrained_model_name_or_path = str(ARCHITECTURES / hub_id.split("/")[1])
+    args.pretrained_generator_name_or_path = None
+    models = read_models(args)
+    assert sum(plan(args, models, "bf16")["generator"].values()) > 1e9
+    assert models.timestep == {"transformer": 400, "unet": 399 if "xl" in hub_id else 625}[models.denoiser]
+
+
+def test_there_are_recipes_for_all_families():
+    assert len(recipes()) >= 5
