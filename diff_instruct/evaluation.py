@@ -79,7 +79,7 @@ def mean_with_interval(values, n_resamples=2000, seed=0):
 def compare(before, after):
     """The figures of `training_summary.json`: means before and after, and the paired gain with its interval."""
     summary = {}
-    for key in before:
+    for key in after:  # in the order of evaluation; a file keeps none
         summary[f"{key}_before"], summary[f"{key}_before_ci95"] = mean_with_interval(before[key])
         summary[f"{key}_after"], summary[f"{key}_after_ci95"] = mean_with_interval(after[key])
         summary[f"{key}_gain"], summary[f"{key}_gain_ci95"] = mean_with_interval(after[key] - before[key])
