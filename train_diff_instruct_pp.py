@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diff_instruct.arguments import parse_args, trackable
+from diff_instruct.brakes import validations_since_best, warmed_up
 from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, save_trained_weights_only
 from diff_instruct.configs import read_models
-from diff_instruct.evaluation import compare, evaluate, fixed_noise
-from diff_instruct.export import export
+from diff_instruct.evaluation import compare, diversity_features, evaluate, fixed_noise
+from diff_instruct.export import export, figure_names
 from diff_instruct.lora import checkpoint_block, trainable
 from diff_instruct.memory import plan, table
 from diff_instruct.models import load_generator, load_reference, null_condition
@@ -40,7 +41,8 @@ from diff_instruct.objectives import (
 from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
-from diff_instruct.rewards import load_reward
+from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
+from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.schedule import NoiseSchedule
 from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
 
@@ -73,7 +75,11 @@ def main(args):
         return
     check_accelerations(args, device)
 
-    # 3. The actors: generator (in `pipe`, which is what is shipped), reference, teaching assistant, reward.
+    # 3. The actors: reward, generator (in `pipe`, which is what is shipped), reference, teaching assistant.
+    reward, heldout = load_mix(args, device), load_heldout(args, device)
+    if args.reward_decoder:
+        latent_channels = models.networks["vae"].config.latent_channels
+        tiny_decoder = TinyDecoder(args.reward_decoder, latent_channels, args.cache_dir).to(device)
     stock = load_reference(args, models, dtype)
     pipe = load_generator(args, models, stock)
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
@@ -83,14 +89,14 @@ def main(args):
         pipe.denoiser.enable_gradient_checkpointing()
         for network in (ta, reference):
             network.enable_gradient_checkpointing(checkpoint_block)
+        stock.vae.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         for network in (pipe.denoiser, ta, reference):
             network.enable_xformers_memory_efficient_attention()
     pipe.denoiser.train()
     ta.train()
     stock.to(device)
-    reward = load_reward(args.reward, args.cache_dir).to(device)
-    heldout = load_reward(args.heldout_reward, args.cache_dir).to(device) if args.heldout_reward else None
+    decode = tiny_decoder if args.reward_decoder else pipe.decode  # of the reward's gradient; figures use the VAE
 
     # 4. Optimizers, average, data.
     total_steps = args.pretrain_steps + args.max_train_steps
@@ -111,12 +117,13 @@ def main(args):
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
 
     save_trained_weights_only(accelerator)
-    first_step, spent = 0, 0.0
+    first_step, spent, heldout_scores = 0, 0.0, []
     if checkpoint:
         state = load_checkpoint(accelerator, checkpoint, ema)
         first_step, spent = state["step"], state["seconds"]
         sampler.load_state_dict(state["sampler"])
         step_theta.skipped, step_psi.skipped = state["skipped"]
+        heldout_scores = state["heldout_scores"]
 
     # 5. The functions in Algorithm 1.
     score_based, diffused = args.divergence == "score", args.reward_mode == "diffused"
@@ -170,6 +177,7 @@ def main(args):
     before_file = Path(checkpoint.parent if checkpoint else args.output_dir) / "before.safetensors"
     if not checkpoint:
         scores, pictures = judge(eval_prompts)
+        heldout_scores = [float(v[:16].mean()) for k, v in scores.items() if k == "heldout"]
         if accelerator.is_main_process:
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
             history.log(accelerator, 0, {f"val_{k}": float(v[:16].mean()) for k, v in scores.items()})
@@ -178,9 +186,12 @@ def main(args):
     bar = tqdm(
         range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
     )
+    done = first_step
     for step in bar:
+        if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
+            break
         pretraining = step < args.pretrain_steps
-        alpha_rew = 0.0 if pretraining else args.reward_scale
+        alpha_rew = warmed_up(args.reward_scale, step - args.pretrain_steps, args.reward_warmup_steps)
         alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
 
         # θ is frozen; K_TA times: ψ takes a step on λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c).
@@ -214,9 +225,9 @@ def main(args):
                 r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(cut)
                 if alpha_rew != 0 and diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
                     d_k = denoise(guided, x_t, t, lambda x, s: x0_guided(x, s, c, alpha_cfg)[2], schedule, steps_k)
-                    r, grad_r = diffused_reward_gradient(cut, d_k, w, prompts, reward, pipe.decode, reward_batch)
+                    r, grad_r = diffused_reward_gradient(cut, d_k, w, prompts, reward, decode, reward_batch)
                 elif alpha_rew != 0:
-                    r, grad_r = reward_gradient(cut, prompts, reward, pipe.decode, reward_batch)
+                    r, grad_r = reward_gradient(cut, prompts, reward, decode, reward_batch)
             dL_dx0 = -alpha_rew * grad_r + grad_div + grad_cfg
             accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
         if step_theta() and ema is not None:
@@ -229,6 +240,7 @@ def main(args):
             figures = {
                 "ta_loss": ta_loss.detach(),
                 "reward": r.mean(),
+                **reward.take_parts(len(x0)),
                 "norm_reward": alpha_rew * grad_r.flatten(1).norm(dim=1).mean(),
                 "norm_divergence": grad_div.flatten(1).norm(dim=1).mean(),
                 "norm_cfg": grad_cfg.flatten(1).norm(dim=1).mean(),
@@ -243,6 +255,8 @@ def main(args):
                 history.log(accelerator, done, figures)
         if args.validation_steps and done % args.validation_steps == 0:
             scores, pictures = judge(eval_prompts[:16])
+            earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
+            heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
             if history:
                 history.log(accelerator, done, {f"val_{k}": float(v.mean()) for k, v in scores.items()})
                 log_images(accelerator, done, pictures, validation_prompts)
@@ -252,11 +266,13 @@ def main(args):
                 "seconds": spent + time.time() - started,
                 "sampler": sampler.state_dict(),
                 "skipped": [step_theta.skipped, step_psi.skipped],
+                "heldout_scores": heldout_scores,
             }
             save_checkpoint(accelerator, args.output_dir, done, state, ema, args.checkpoints_total_limit)
 
     # 9. The generator after: scores, pictures, curves, and the pipeline that is shipped.
     scores, pictures = judge(eval_prompts)
+    cut = cut_prompts(reward, heldout)
     if accelerator.is_main_process:
         before = load_file(before_file)
         with reference_mode(reference, args.ta_lora_rank > 0):
@@ -268,7 +284,10 @@ def main(args):
         summary = {
             **compare(before, scores),
             "seconds": round(spent + time.time() - started, 1),
-            "steps": total_steps,
+            "steps": done,
+            "stopped_early": done < total_steps,
+            "cut_prompts": cut,
+            "diversity_by": diversity_features(reward, heldout)[0],
             "skipped_steps": step_theta.skipped + step_psi.skipped,
             "arguments": trackable(args),
         }
@@ -280,11 +299,12 @@ def main(args):
 
 def report(args, summary):
     """Print what came out and how to use it."""
-    for key in ("reward", "heldout", "diversity"):
-        if f"{key}_before" in summary:
-            low, high = summary[f"{key}_gain_ci95"]
-            before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-            print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
+    for key in figure_names(summary):
+        low, high = summary[f"{key}_gain_ci95"]
+        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+        print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
+    if summary["stopped_early"]:
+        print(f"Stopped after step {summary['steps']}: the held-out reward was below its best (--heldout_patience).")
     print(f"""
 Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_summary.json. Use it with
 

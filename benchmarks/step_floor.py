@@ -22,7 +22,7 @@ import train_diff_instruct_pp as script  # noqa: E402
 from diff_instruct.arguments import parse_args  # noqa: E402
 from diff_instruct.configs import read_models  # noqa: E402
 from diff_instruct.models import load_generator, load_reference  # noqa: E402
-from diff_instruct.rewards import load_reward  # noqa: E402
+from diff_instruct.rewards import load_mix  # noqa: E402
 from diff_instruct.teaching_assistant import make_teaching_assistant  # noqa: E402
 
 
@@ -32,7 +32,7 @@ def bare_iterations(args, n):
     stock = load_reference(args, models, torch.float32)
     pipe = load_generator(args, models, stock)
     generator, reference = pipe.transformer.train(), stock.transformer
-    ta, reward = make_teaching_assistant(reference).train(), load_reward(args.reward)
+    ta, reward = make_teaching_assistant(reference).train(), load_mix(args, "cpu")
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0.0, 0.999)) for m in (generator, ta)]
     prompts = [f"a red apple {i}" for i in range(args.train_batch_size)]
     c = {k: v[:, :8] for k, v in pipe.encode_prompt(prompts).items()}

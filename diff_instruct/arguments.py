@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
 from diff_instruct.presets import PRESETS
-from diff_instruct.rewards import REWARDS, check_reward
+from diff_instruct.rewards import REWARDS, check_rewards
 
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
@@ -97,11 +98,6 @@ def build_parser():
         "--reward_scale is the exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
     )  # fmt: skip
     g.add_argument("--diffused_reward_steps", type=int, default=1, help="k, denoising steps of --reward_mode diffused")
-    g.add_argument("--reward", default="clip", help=f"r(x, c): one of {', '.join(REWARDS)}")
-    g.add_argument("--heldout_reward", help="a scorer that is only reported, never trained on")
-    g.add_argument(
-        "--reward_batch_size", type=int, help="images decoded and scored at a time; default: the whole batch"
-    )
     g.add_argument(
         "--ta_steps", type=int, default=1, help="K_TA, steps of the teaching assistant for one of the generator"
     )
@@ -111,6 +107,35 @@ def build_parser():
     g.add_argument("--weighting", choices=WEIGHTINGS, default="dmd", help="w(t) of the integral KL")
     g.add_argument("--min_timestep", type=float, default=0.02, help="π(t) starts here, as a fraction of the schedule")
     g.add_argument("--max_timestep", type=float, default=0.98, help="π(t) ends here, as a fraction of the schedule")
+
+    g = parser.add_argument_group("reward")
+    g.add_argument(
+        "--reward", nargs="+", default=["image_reward"], metavar="NAME[:WEIGHT]",
+        help=f"r(x, c), the weighted sum of: {', '.join(REWARDS)}, or your own as path/to/file.py:function",
+    )  # fmt: skip
+    g.add_argument(
+        "--heldout_reward", nargs="+", metavar="NAME", help="scorers that are only reported, never trained on"
+    )
+    g.add_argument(
+        "--reward_checkpoint", nargs="+", metavar="NAME=PATH", help="local files or folders, instead of the Hub's"
+    )
+    g.add_argument("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="of the rewards' networks")
+    g.add_argument(
+        "--reward_batch_size", type=int, help="images decoded and scored at a time; default: the whole batch"
+    )
+    g.add_argument(
+        "--reward_decoder", help="Hub id or folder of an AutoencoderTiny (TAESD) to decode with, instead of the VAE"
+    )
+    g.add_argument(
+        "--reward_warmup_steps", type=int, default=0, help="α_rew rises from 0 over so many steps of alignment"
+    )
+    g.add_argument(
+        "--reward_cap", nargs="+", metavar="NAME=VALUE", help="a reward above this value is not pursued any further"
+    )
+    g.add_argument(
+        "--heldout_patience", type=int, default=0,
+        help="stop when the first held-out reward was below its best in so many validations in a row; 0: never",
+    )  # fmt: skip
 
     g = parser.add_argument_group("optimization")
     g.add_argument("--train_batch_size", type=int, default=16, help="images per process and forward pass")
@@ -134,7 +159,9 @@ def build_parser():
     g.add_argument(
         "--ema_rampup_ratio", type=float, default=0.05, help="the half-life is at most this part of the images seen"
     )
-    g.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    g.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory, more time; also in the VAE's decoder"
+    )
     g.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what accelerate is configured for")
     g.add_argument("--use_8bit_adam", action="store_true", help="optimizers of bitsandbytes: a quarter of the memory")
     g.add_argument(
@@ -179,8 +206,9 @@ def parse_args(input_args=None):
 
 
 def trackable(args):
-    """The arguments without the token, as trackers and the summary take them."""
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items() if k != "hub_token"}
+    """The arguments without the token, as trackers and the summary take them; a list as one would type it."""
+    text = {k: shlex.join(v) if isinstance(v, list) else v for k, v in vars(args).items() if k != "hub_token"}
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in text.items()}
 
 
 def check_args(args):
@@ -190,6 +218,8 @@ def check_args(args):
     for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "lora_rank", "ta_lora_rank"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
+    if args.reward_batch_size is not None and args.reward_batch_size < 1:
+        raise ValueError("--reward_batch_size must be at least 1")
     at_least_one = ("ta_steps", "train_batch_size", "gradient_accumulation_steps", "num_eval_prompts", "logging_steps")
     for name in (*at_least_one, "diffused_reward_steps"):
         if getattr(args, name) < 1:
@@ -207,9 +237,7 @@ def check_args(args):
         )
     if not 0 <= args.min_timestep < args.max_timestep <= 1:
         raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
-    for name in (args.reward, args.heldout_reward):
-        if name is not None:
-            check_reward(name)
+    check_rewards(args)
     for name in ("train_prompts", "eval_prompts"):
         path = getattr(args, name)
         if path is not None and not Path(path).exists():

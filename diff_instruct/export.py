@@ -31,7 +31,6 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 stock = StableDiffusionXLPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
 image = stock({prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=0).images[0]""",
 }
-FIGURES = ("reward", "heldout", "diversity")
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -53,12 +52,25 @@ def figures_table(summary):
         return f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
 
     rows = ["| | before | after | gain |", "|---|---|---|---|"]
-    labels = {"reward": "{reward} (trained)", "heldout": "{heldout_reward} (not trained)", "diversity": "diversity"}
-    for key in FIGURES:
-        if f"{key}_before" in summary:
-            cells = " | ".join(cell(f"{key}_{column}") for column in ("before", "after", "gain"))
-            rows.append(f"| {labels[key].format(**summary['arguments'])} | {cells} |")
+    for key in figure_names(summary):
+        cells = " | ".join(cell(f"{key}_{column}") for column in ("before", "after", "gain"))
+        rows.append(f"| {label(key, summary)} | {cells} |")
     return "\n".join(rows)
+
+
+def figure_names(summary):
+    """What was measured before and after: `reward`, `heldout`, `diversity`, ..."""
+    return [key.removesuffix("_before") for key in summary if key.endswith("_before")]
+
+
+def label(figure, summary):
+    """A figure in words."""
+    kind, _, name = figure.partition("_")
+    if kind == "diversity":
+        return "diversity"
+    if kind == "heldout":
+        return f"{name or summary['arguments']['heldout_reward'].split()[0]} (not trained)"
+    return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
 
 def write_card(args, pipe, summary, stock_class, prompt):
@@ -86,13 +98,13 @@ def write_card(args, pipe, summary, stock_class, prompt):
         prompt=json.dumps(prompt),
         pretrain_steps=args.pretrain_steps,
         align_steps=args.max_train_steps,
-        reward=args.reward,
+        reward=summary["arguments"]["reward"],
         reward_scale=args.reward_scale,
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
         license=license,
         command=command_line(),
-        **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds")},
+        **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds", "diversity_by")},
     )
     card.save(Path(args.output_dir) / "README.md")
     return card

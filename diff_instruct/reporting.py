@@ -1,6 +1,7 @@
 """What people look at: the history of a run, its curves, its pictures and its progress bar."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 REFERENCE_STEPS = 25
 PANELS = {
-    "reward (training batch)": ["reward"],
-    "judged on held-out prompts": ["val_reward", "val_heldout"],
+    "reward (training batch)": ["reward", "reward_*"],
+    "judged on held-out prompts": ["val_reward", "val_reward_*", "val_heldout", "val_heldout_*"],
     "diversity within a prompt": ["val_diversity"],
     "loss of the teaching assistant": ["ta_loss"],
     "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
@@ -46,13 +47,11 @@ class History:
 
         figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
         for axis, (title, keys) in zip(axes.flat, PANELS.items()):
-            for key in keys:
+            logged = sorted({k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)})
+            for key in logged:
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
-                if points:
-                    axis.plot(
-                        *zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_")
-                    )
-                    axis.legend()
+                axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+                axis.legend()
             axis.set(title=title, xlabel="generator step")
             axis.grid(alpha=0.3)
         figure.savefig(file, dpi=90)

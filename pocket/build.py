@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel, T5Toke
 
 from diff_instruct.checkpoints import list_checkpoints
 from diff_instruct.rewards import load_reward
-from diff_instruct.rewards.clip import ClipReward
+from diff_instruct.rewards.pocket import PocketReward
 from pocket import data
 from pocket.fit import fit
 
@@ -248,7 +248,7 @@ def export_scorer(name, model, tokenizer, captions):
     tokenizer.save_pretrained(folder)
     prompts = random.Random(0).sample(captions["names"], 256)
     images = sample(load_pocket_reference(), prompts, guidance_scale=1.0)
-    scorer = ClipReward(str(folder), [0.5] * 3, [0.5] * 3)
+    scorer = PocketReward.unscaled(folder)
     with torch.no_grad():
         cosine = scorer(images, prompts)
     scale = {"mean": round(cosine.mean().item(), 4), "std": round(cosine.std().item(), 4)}

@@ -34,7 +34,7 @@ def test_there_are_commands():
 
 def test_the_bare_command_uses_the_pocket_reference(tmp_path):
     args = parse_args(["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", str(tmp_path)])
-    assert (args.reward, args.heldout_reward) == ("pocket", "pocket_heldout")
+    assert (args.reward, args.heldout_reward) == (["pocket"], ["pocket_heldout"])
     assert args.num_eval_prompts * args.num_eval_images >= 256
     assert read_models(args).timestep == 400
 

@@ -1,76 +1,338 @@
-"""Scorers: gradients reach the pixels, sizes and formats do not matter, names are checked."""
+"""Rewards: gradients, sizes, formats, mixes, brakes and mistakes. Whether they are the published ones: test_parity."""
+
+import json
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
+from transformers import BertTokenizer, CLIPModel
 
-from diff_instruct.rewards import load_reward
-from diff_instruct.rewards.clip import ClipReward
-from tests.tiny import PROMPTS
+import train_diff_instruct_pp as script
+from benchmarks.reward_oracle import WORDS, random_state
+from benchmarks.reward_parity import tiny_image_reward
+from diff_instruct.arguments import parse_args
+from diff_instruct.brakes import validations_since_best, warmed_up
+from diff_instruct.objectives import reward_gradient
+from diff_instruct.rewards import cut_prompts, load_reward, parse_reward
+from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
+from diff_instruct.rewards.clip import ClipScore
+from diff_instruct.rewards.function import FunctionReward
+from diff_instruct.rewards.hpsv2 import HPSv2
+from diff_instruct.rewards.mix import Mix
+from diff_instruct.rewards.pickscore import PickScore
+from diff_instruct.rewards.pocket import PocketReward
+from tests.test_parity import ORACLE
+from tests.tiny import PROMPTS, tiny_tokenizer
+
+
+NAMES = ["image_reward", "hpsv2", "pickscore", "clip", "aesthetic", "pocket"]
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_pocket):
-    return ClipReward(str(tiny_pocket / "scorer"), [0.5] * 3, [0.5] * 3)
+def make(tiny_pocket, tmp_path_factory):
+    """name to a fresh reward of that name, with tiny networks."""
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
+
+    def build(name):
+        torch.manual_seed(0)
+        if name == "image_reward":
+            shapes = json.loads((ORACLE / "image_reward_tiny" / "shapes.json").read_text())
+            return tiny_image_reward(random_state(shapes), BertTokenizer.from_pretrained(folder))
+        if name == "pocket":
+            return PocketReward.from_pretrained(name, tiny_pocket / "scorer")
+        clip = CLIPModel.from_pretrained(tiny_pocket / "scorer")
+        if name == "aesthetic":
+            return Aesthetic(clip, LinearMLP(clip.config.projection_dim))
+        return {"hpsv2": HPSv2, "pickscore": PickScore, "clip": ClipScore}[name](name, clip, tiny_tokenizer())
+
+    return build
 
 
-def pictures(n, size=16):
-    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+def pictures(n, height=16, width=16):
+    return 0.2 + 0.6 * torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def test_reward_is_the_scaled_cosine(scorer, tiny_pocket):
-    r = scorer(pictures(3), PROMPTS[:3])
-    assert r.shape == (3,) and (r.abs() <= 1).all()
-    scaled = ClipReward(str(tiny_pocket / "scorer"), [0.5] * 3, [0.5] * 3, mean=0.2, std=0.1)
-    torch.testing.assert_close(scaled(pictures(3), PROMPTS[:3]), (r - 0.2) / 0.1)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_right(make, name):
+    """Against finite differences, in float64, through the resize."""
+    reward = make(name).double()
+    x = pictures(1, 5, 6).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: reward(p, ["a red apple"]), x, eps=1e-5, atol=1e-6, rtol=1e-4)
 
 
-def test_gradient_is_right(scorer):
-    """Against finite differences, in float64, at a few pixels."""
-    scorer64 = scorer.double()
-    scorer64.image_features = lambda x: _features64(scorer64, x)
-    x = pictures(1).double().requires_grad_()
-    scorer64(x, ["a red apple"]).sum().backward()
-    for place in [(0, 0, 3, 4), (0, 1, 8, 8), (0, 2, 15, 0)]:
-        h = torch.zeros_like(x)
-        h[place] = 1e-4
-        with torch.no_grad():
-            slope = (scorer64(x + h, ["a red apple"]) - scorer64(x - h, ["a red apple"])) / 2e-4
-        assert x.grad[place].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-9)
-    del scorer64.image_features
-    scorer.float()
-
-
-def _features64(scorer, pixels):
-    features = scorer.model.get_image_features((pixels - scorer.pixel_mean) / scorer.pixel_std).pooler_output
-    return torch.nn.functional.normalize(features, dim=-1)
-
-
-def test_saturated_pixels_keep_their_gradient(scorer):
+@pytest.mark.parametrize("name", NAMES)
+def test_saturated_pixels_keep_their_gradient(make, name):
+    reward = make(name)
     x = torch.full((1, 3, 16, 16), 1.02, requires_grad=True)
-    r = scorer(x, ["fire"])
+    r = reward(x, ["a red apple"])
     r.sum().backward()
-    assert x.grad.abs().max() > 0
-    torch.testing.assert_close(r, scorer(torch.ones(1, 3, 16, 16), ["fire"]))
+    assert (x.grad != 0).float().mean() > 0.5
+    torch.testing.assert_close(r, reward(torch.ones(1, 3, 16, 16), ["a red apple"]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (32, 32), (20, 40), (8, 8)])
-def test_any_size(scorer, height, width):
-    x = torch.rand(2, 3, height, width, requires_grad=True)
-    scorer(x, PROMPTS[:2]).sum().backward()
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("height, width", [(16, 16), (40, 20), (20, 40), (8, 8)])
+def test_any_size(make, name, height, width):
+    x = pictures(2, height, width).requires_grad_()
+    r = make(name)(x, ["a red apple", "a blue cat"])
+    r.sum().backward()
+    assert r.shape == (2,) and r.dtype == torch.float32
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
-def test_scores_do_not_depend_on_the_batch(scorer):
-    together = scorer(pictures(4), PROMPTS[:4])
-    alone = [scorer(pictures(4)[i : i + 1], [PROMPTS[i]])[0] for i in range(4)]
-    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_does_not_depend_on_the_micro_batch(make, name):
+    """Prompts of different lengths: padding must not matter, either."""
+    x0, reward = pictures(5), make(name)
+    whole = reward_gradient(x0, PROMPTS[:5], reward, lambda x: x, 5)
+    for size in (1, 2):
+        for got, expected in zip(reward_gradient(x0, PROMPTS[:5], reward, lambda x: x, size), whole):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_of_a_scorer_is_trained(scorer):
-    assert not scorer.model.training
-    assert all(not p.requires_grad for p in scorer.parameters())
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_on_the_cpu(make, name):
+    reward, x = make(name), pictures(2).requires_grad_()
+    exact = reward(x, PROMPTS[:2]).detach()
+    r = reward.to(torch.bfloat16)(x, PROMPTS[:2])
+    r.sum().backward()
+    assert r.dtype == x.grad.dtype == torch.float32 and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
+    torch.testing.assert_close(r.detach(), exact, atol=0.05 * max(1.0, exact.abs().max().item()), rtol=0)
 
 
-def test_unknown_reward_lists_the_known():
-    with pytest.raises(ValueError, match="unknown reward `beauty`; known are pocket, pocket_heldout, clip"):
-        load_reward("beauty")
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_a_scorer_is_trained(make, name):
+    reward = make(name).train()
+    assert not any(module.training for module in reward.modules())
+    assert all(not p.requires_grad for p in reward.parameters())
+
+
+def test_units(make):
+    """All but ImageReward are the cosine in one unit or another."""
+    cosine = PocketReward.forward(make("pocket"), pictures(2), PROMPTS[:2]) * 0.1
+    for name, unit in (("hpsv2", 100), ("pickscore", make("pickscore").model.logit_scale.exp())):
+        same = make(name)
+        same.pixel_mean = same.pixel_std = (0.5, 0.5, 0.5)
+        torch.testing.assert_close(same(pictures(2), PROMPTS[:2]), unit * cosine, atol=1e-4, rtol=1e-4)
+    clip = make("clip")
+    clip.pixel_mean = clip.pixel_std = (0.5, 0.5, 0.5)
+    torch.testing.assert_close(clip(pictures(2), PROMPTS[:2]), 100 * cosine.clamp(min=0), atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_that_are_cut_are_said_once_and_counted_once(make, caplog):
+    reward, long = make("clip"), "red " * 40
+    for _ in range(2):
+        reward(pictures(2), ["a red apple", long])
+    assert len([m for m in caplog.messages if "`clip` reads 24 tokens" in m]) == 1
+    assert cut_prompts(Mix({"clip": reward}, {"clip": 1.0}), {"pocket": make("pocket")}) == {"clip": 1}
+    reward(pictures(1), [long + "apple"])
+    assert len(reward.cut_prompts) == 2
+
+
+# Mixes and brakes.
+
+
+def bright(pixels, prompts):
+    return pixels.mean(dim=(1, 2, 3))
+
+
+def red(pixels, prompts):
+    return pixels[:, 0].mean(dim=(1, 2))
+
+
+def test_a_mix_is_the_weighted_sum_of_capped_rewards():
+    x = pictures(3).requires_grad_()
+    mix = Mix({"bright": Wrap(bright), "red": Wrap(red)}, {"bright": 2.0, "red": -1.0}, {"bright": 0.1})
+    r = mix(x, PROMPTS[:3])
+    torch.testing.assert_close(r, 0.2 - red(x, None))
+    r.sum().backward()
+    assert x.grad[:, 1:].abs().max() == 0 and x.grad[:, 0].abs().min() > 0  # brightness is above its cap
+    parts = mix.take_parts(3)
+    assert parts["reward_bright"] == bright(x, None).mean() and parts["reward_red"] == red(x, None).mean()
+    assert mix.take_parts(3) == {}
+
+
+class Wrap(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, pixels, prompts):
+        return self.function(pixels, prompts)
+
+
+@pytest.mark.parametrize(
+    "entry, expected",
+    [("clip", ("clip", 1.0)), ("hpsv2.1:0.5", ("hpsv2.1", 0.5)), ("a/b.py:f", ("a/b.py:f", 1.0)),
+     ("a/b.py:f:-2", ("a/b.py:f", -2.0))],
+)  # fmt: skip
+def test_reward_entries(entry, expected):
+    assert parse_reward(entry) == expected
+
+
+def test_warm_up():
+    assert [warmed_up(10.0, step, 4) for step in (-1, 0, 1, 3, 4, 9)] == [0.0, 2.5, 5.0, 10.0, 10.0, 10.0]
+    assert warmed_up(10.0, 0, 0) == 10.0
+
+
+def test_validations_since_the_best():
+    assert [validations_since_best(s) for s in ([1.0], [1.0, 0.5], [1.0, 2.0, 1.0, 1.5], [1.0, 1.0])] == [0, 1, 2, 0]
+
+
+FUNCTIONS = """
+import torch
+
+calls = 0
+
+def bright(pixels, prompts):
+    return pixels.mean(dim=(1, 2, 3))
+
+def falling(pixels, prompts):
+    global calls
+    calls += 1
+    return torch.full((len(pixels),), -float(calls))
+
+def wrong_shape(pixels, prompts):
+    return pixels.mean()
+
+def a_list(pixels, prompts):
+    return [0.0] * len(prompts)
+
+def detached(pixels, prompts):
+    return pixels.mean(dim=(1, 2, 3)).detach()
+
+def nan(pixels, prompts):
+    return pixels.mean(dim=(1, 2, 3)) * float("nan")
+
+def constant(pixels, prompts):
+    return torch.zeros(len(pixels), requires_grad=True)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path):
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    return tmp_path / "mine.py"
+
+
+def run(arguments):
+    script.main(parse_args([str(a) for a in arguments]))
+
+
+def summary_of(folder):
+    return json.loads((folder / "training_summary.json").read_text())
+
+
+def test_a_run_with_a_mix_and_all_brakes_and_a_tiny_decoder(tiny_args, functions, tmp_path):
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    options = [
+        "--reward", "pocket:0.5", f"{functions}:bright:2", "--reward_cap", "bright=0.3", "--reward_warmup_steps", 3,
+        "--heldout_reward", "pocket_heldout", f"{functions}:falling", "--reward_batch_size", 1,
+        "--reward_decoder", tmp_path / "taesd", "--reward_dtype", "bf16", "--gradient_checkpointing",
+    ]  # fmt: skip
+    run([*tiny_args, *options])
+    summary = summary_of(tmp_path / "out")
+    for name in ("reward", "reward_pocket", "reward_bright", "heldout", "heldout_falling", "diversity"):
+        assert f"{name}_before" in summary and f"{name}_after" in summary
+    assert summary["diversity_by"] == "pocket_heldout" and summary["cut_prompts"] == {}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "ta_loss" in row]
+    for row in rows:  # the mean of what is capped is at most the capped mean
+        assert row["reward"] <= 0.5 * row["reward_pocket"] + 2 * min(row["reward_bright"], 0.3) + 1e-3
+    assert "pocket:0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_decoder_for_other_latents_is_a_mistake(tiny_args, tmp_path):
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=16,
+    ).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    with pytest.raises(ValueError, match="decodes 16 channels; the latents have 4"):
+        run([*tiny_args, "--reward_decoder", tmp_path / "taesd"])
+    with pytest.raises(ValueError, match="no AutoencoderTiny"):
+        run([*tiny_args, "--reward_decoder", tmp_path / "nowhere"])
+
+
+def test_a_held_out_reward_that_falls_stops_the_run_for_good(tiny_args, functions, tmp_path):
+    options = [
+        "--heldout_reward", f"{functions}:falling", "--heldout_patience", 2, "--validation_steps", 1,
+        "--checkpointing_steps", 1, "--max_train_steps", 9,
+    ]  # fmt: skip
+    run([*tiny_args, *options])
+    assert summary_of(tmp_path / "out")["steps"] == 2 and summary_of(tmp_path / "out")["stopped_early"]
+    run([*tiny_args, *options, "--resume_from_checkpoint", "latest"])
+    assert summary_of(tmp_path / "out")["steps"] == 2
+    run([*tiny_args, "--output_dir", tmp_path / "other"])
+    assert not summary_of(tmp_path / "other")["stopped_early"]
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("wrong_shape", r"returned shape \(\); it must return a tensor of shape \(2,\)"),
+        ("a_list", r"returned list; it must return a tensor of shape \(2,\)"),
+        ("detached", r"without gradient; it must return a tensor of shape \(2,\)"),
+        ("nan", r"NaN or infinity; it must return a tensor of shape \(2,\)"),
+        ("constant", "do not depend on the pixels"),
+        ("number", "has no function `number`"),
+        ("nothing", "has no function `nothing`"),
+    ],
+)
+def test_a_function_that_cannot_work_is_named(functions, name, message):
+    with pytest.raises(ValueError, match=f"reward `.*mine.py:{name}`.*{message}|reward.*{message}") as error:
+        load_reward(f"{functions}:{name}")
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_function_that_is_only_reported_needs_no_gradient(functions):
+    load_reward(f"{functions}:detached", trained=False)
+    assert FunctionReward(f"{functions}:bright")(pictures(2), PROMPTS[:2]).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic"])
+def test_a_missing_checkpoint_says_where_it_comes_from(name, tmp_path):
+    with pytest.raises(ValueError, match="from https://huggingface.co/.*--reward_checkpoint .*=PATH") as error:
+        load_reward(name, cache_dir=tmp_path)
+    assert "\n" not in str(error.value) and f"`{name}`" in str(error.value)
+
+
+def test_a_checkpoint_that_is_incomplete_or_not_only_tensors(tmp_path, make):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
+    torch.save({"blip.visual_encoder.cls_token": torch.zeros(1, 1, 1024)}, tmp_path / "ImageReward.pt")
+    with pytest.raises(ValueError, match="is no such checkpoint: .* of 295 tensors are missing|is no such checkpoint"):
+        load_reward("image_reward", path=tmp_path)
+    torch.save({"code": AutoencoderTiny}, tmp_path / "ImageReward.pt")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        load_reward("image_reward", path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2, hpsv2.1, pickscore"),
+        (["--heldout_reward", "beauty"], "unknown reward `beauty`"),
+        (["--reward", "clip:much"], "after the colon comes a number"),
+        (["--reward", "/nowhere/mine.py:f"], "no such file: /nowhere/mine.py"),
+        (["--reward", "pocket", "--heldout_reward", "pocket"], "`pocket` is given twice"),
+        (["--reward_checkpoint", "clip"], "write name=value"),
+        (["--reward_checkpoint", "clip=/nowhere"], "no such file or folder"),
+        (["--reward_cap", "clip=2"], "`clip` is not in --reward"),
+        (["--reward_cap", "pocket=high"], "the cap must be a number"),
+        (["--heldout_patience", "2", "--validation_steps", "0"], "--validation_steps to judge it at"),
+        (["--reward_warmup_steps", "-1"], "must not be negative"),
+    ],
+)
+def test_arguments_that_cannot_work(tiny_args, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_args([*tiny_args, *options])
+    assert "\n" not in str(error.value)

@@ -231,7 +231,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_spoil_nothing(tiny_args,
     [
         (["--pretrained_model_name_or_path", "/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
         (["--train_prompts", "/nowhere.txt"], "--train_prompts: no such file or folder"),
-        (["--reward", "beauty"], "unknown reward `beauty`; known are pocket"),
+        (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2"),
         (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7 is not a finished checkpoint"),

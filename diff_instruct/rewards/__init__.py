@@ -1,34 +1,154 @@
-"""Rewards r(x, c): callables `reward(pixels, prompts) -> (B,)`, differentiable in pixels (B, 3, H, W) in [0, 1].
+"""Rewards r(x, c): callables `reward(pixels, prompts) -> (B,)`, differentiable in pixels (B, 3, H, W) in [0, 1]."""
 
-A reward that is also asked for the diversity of images (`--heldout_reward`) has `image_features(pixels) -> (B, D)`.
-"""
-
-import json
+import math
+from functools import partial
 from pathlib import Path
 
-from diff_instruct.rewards.clip import ClipReward
+import torch
+from accelerate.utils import gather_object
+
+from diff_instruct.rewards.aesthetic import Aesthetic
+from diff_instruct.rewards.clip import ClipScore
+from diff_instruct.rewards.function import FunctionReward
+from diff_instruct.rewards.hpsv2 import HPSv2
+from diff_instruct.rewards.image_reward import ImageReward
+from diff_instruct.rewards.mix import Mix
+from diff_instruct.rewards.pickscore import PickScore
+from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.rewards.scorer import Scorer
 
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
-REWARDS = ("pocket", "pocket_heldout", "clip")
 
 
-def check_reward(name):
-    """Raises ValueError for a reward that does not exist, before anything is loaded."""
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward `{name}`; known are {', '.join(REWARDS)}")
+def pocket_scorer(name, folder, path=None, cache_dir=None):
+    """One of the two scorers in pocket/."""
+    return PocketReward.from_pretrained(name, path or POCKET / folder)
 
 
-def load_reward(name, cache_dir=None):
-    """The reward of this name, frozen and in float32, on the CPU.
+REWARDS = {
+    "image_reward": ImageReward.from_pretrained,
+    "hpsv2": partial(HPSv2.from_pretrained, "hpsv2"),
+    "hpsv2.1": partial(HPSv2.from_pretrained, "hpsv2.1"),
+    "pickscore": PickScore.from_pretrained,
+    "clip": ClipScore.from_pretrained,
+    "aesthetic": Aesthetic.from_pretrained,
+    "pocket": partial(pocket_scorer, "pocket", "scorer"),
+    "pocket_heldout": partial(pocket_scorer, "pocket_heldout", "scorer_heldout"),
+}
 
-    `pocket` and `pocket_heldout` are the two scorers of the pocket reference (see pocket/README.md), in units of the
-    spread of the reference's own samples. `clip` is the cosine of openai/clip-vit-large-patch14, times 100.
+
+def parse_reward(entry):
+    """(spec, weight) of `name[:weight]` or `path/to/file.py:function[:weight]`.
+
+    Raises:
+        ValueError: for a weight that is no number.
     """
-    check_reward(name)
-    if name == "clip":
-        mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-        return ClipReward("openai/clip-vit-large-patch14", mean, std, std=0.01, cache_dir=cache_dir)
-    folder = POCKET / ("scorer" if name == "pocket" else "scorer_heldout")
-    scale = json.loads((folder / "reward.json").read_text())
-    return ClipReward(str(folder), [0.5] * 3, [0.5] * 3, mean=scale["mean"], std=scale["std"])
+    file, is_file, rest = entry.partition(".py:")
+    name, has_weight, weight = (rest if is_file else entry).partition(":")
+    spec = f"{file}.py:{name}" if is_file else name
+    try:
+        weight = float(weight) if has_weight else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"--reward {entry}: after the colon comes a number, as in image_reward:0.5")
+    return spec, weight
+
+
+def short_name(spec):
+    """What logs call a reward: its name, or the function's."""
+    return spec.rpartition(":")[2]
+
+
+def parse_pairs(flag, entries):
+    """`dict` of `name=value` entries.
+
+    Raises:
+        ValueError: for an entry without an equals sign.
+    """
+    for entry in entries or []:
+        if "=" not in entry:
+            raise ValueError(f"--{flag} {entry}: write name=value")
+    return dict(entry.split("=", 1) for entry in entries or [])
+
+
+def check_reward(spec):
+    """Raises ValueError for a reward that does not exist, before anything is loaded."""
+    file, is_file, _ = spec.partition(".py:")
+    if is_file and not Path(f"{file}.py").is_file():
+        raise ValueError(f"reward `{spec}`: no such file: {file}.py")
+    if not is_file and spec not in REWARDS:
+        raise ValueError(
+            f"unknown reward `{spec}`; known are {', '.join(REWARDS)}, or your own as path/to/file.py:function"
+        )
+
+
+def check_rewards(args):
+    """Raises ValueError for the reward arguments that cannot work, before anything is loaded."""
+    trained = [parse_reward(entry)[0] for entry in args.reward]
+    heldout = args.heldout_reward or []
+    for spec in (*trained, *heldout):
+        check_reward(spec)
+    names = [short_name(spec) for spec in (*trained, *heldout)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"reward `{twice[0]}` is given twice; a held-out one must differ from those that are trained")
+    for name, path in parse_pairs("reward_checkpoint", args.reward_checkpoint).items():
+        if name not in REWARDS:
+            raise ValueError(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(REWARDS)}")
+        if not Path(path).exists():
+            raise ValueError(f"--reward_checkpoint {name}={path}: no such file or folder")
+    for name, cap in parse_pairs("reward_cap", args.reward_cap).items():
+        if name not in names[: len(trained)]:
+            raise ValueError(f"--reward_cap: `{name}` is not in --reward")
+        try:
+            float(cap)
+        except ValueError:
+            raise ValueError(f"--reward_cap {name}={cap}: the cap must be a number") from None
+    if args.reward_warmup_steps < 0 or args.heldout_patience < 0:
+        raise ValueError("--reward_warmup_steps and --heldout_patience must not be negative")
+    if args.heldout_patience and not (heldout and args.validation_steps):
+        raise ValueError("--heldout_patience needs a --heldout_reward, and --validation_steps to judge it at")
+
+
+def load_reward(spec, path=None, cache_dir=None, trained=True, device="cpu", dtype=torch.float32):
+    """The reward of this name, frozen, on `device` in `dtype`; a user's own function is tried on random pictures.
+
+    Raises:
+        ValueError: for an unknown reward, a checkpoint that is not there or incomplete, a function that cannot work.
+    """
+    check_reward(spec)
+    if ".py:" not in spec:
+        return REWARDS[spec](path=path, cache_dir=cache_dir).to(device, dtype)
+    reward = FunctionReward(spec).to(device)
+    reward.check(device, trained)
+    return reward
+
+
+def load_mix(args, device):
+    """The `Mix` of `--reward`, with its caps and checkpoints, in `--reward_dtype`. Raises as `load_reward`."""
+    paths = parse_pairs("reward_checkpoint", args.reward_checkpoint)
+    entries = [parse_reward(entry) for entry in args.reward]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
+    rewards = {short_name(s): load_reward(s, paths.get(s), args.cache_dir, True, device, dtype) for s, _ in entries}
+    caps = {name: float(cap) for name, cap in parse_pairs("reward_cap", args.reward_cap).items()}
+    return Mix(rewards, {short_name(s): weight for s, weight in entries}, caps)
+
+
+def load_heldout(args, device):
+    """A `dict` of the scorers of `--heldout_reward`, by name, in float32; may be empty. Raises as `load_reward`."""
+    paths = parse_pairs("reward_checkpoint", args.reward_checkpoint)
+    specs = args.heldout_reward or []
+    return {short_name(s): load_reward(s, paths.get(s), args.cache_dir, False, device) for s in specs}
+
+
+def cut_prompts(reward, heldout):
+    """How many different prompts each scorer read in part only, over all processes; those that cut none are left out.
+
+    Args:
+        reward ([`Mix`]), heldout (`dict`): what `load_mix` and `load_heldout` returned.
+    """
+    scorers = {**dict(zip(reward.names, reward.rewards)), **heldout}
+    cut = {name: gather_object(list(s.cut_prompts)) for name, s in scorers.items() if isinstance(s, Scorer)}
+    return {name: len(set(checksums)) for name, checksums in cut.items() if checksums}

@@ -1,0 +1,69 @@
+"""A user's own reward: `path/to/file.py:function`."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+
+def load_function(spec):
+    """The callable that `path/to/file.py:function` names.
+
+    Raises:
+        ValueError: if there is no such file or function, or the file cannot be imported.
+    """
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        line = str(error).split("\n")[0]
+        raise ValueError(f"reward `{spec}`: {path} cannot be imported: {type(error).__name__}: {line}") from error
+    if not callable(vars(module).get(name)):
+        raise ValueError(f"reward `{spec}`: {path} has no function `{name}`")
+    return vars(module)[name]
+
+
+class FunctionReward(torch.nn.Module):
+    """Calls a user's reward and checks what comes back: a finite score for each image, (B,), with its gradient."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec, self.function = spec, load_function(spec)
+
+    def forward(self, pixels, prompts):
+        """Scores (B,), in float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
+
+        Raises:
+            ValueError: for an output of another shape, without gradient where one is needed, or with NaN or infinity.
+        """
+        r, shape = self.function(pixels, prompts), (len(pixels),)
+        wanted = f"it must return a tensor of shape {shape}, one score for each image"
+        if not isinstance(r, torch.Tensor) or tuple(r.shape) != shape:
+            got = f"shape {tuple(r.shape)}" if isinstance(r, torch.Tensor) else type(r).__name__
+            raise ValueError(f"reward `{self.spec}` returned {got}; {wanted}")
+        if torch.is_grad_enabled() and pixels.requires_grad and not r.requires_grad:
+            raise ValueError(
+                f"reward `{self.spec}` returned scores without gradient; {wanted}, made from the pixels by "
+                "differentiable operations only: no detach(), no torch.no_grad(), no NumPy"
+            )
+        if not torch.isfinite(r).all():
+            raise ValueError(f"reward `{self.spec}` returned NaN or infinity; {wanted}, and finite")
+        return r.float()
+
+    def check(self, device, trained):
+        """Tries it on two random pictures; if it is trained on, with the gradient.
+
+        Raises:
+            ValueError: see `forward`; or if the scores do not depend on the pixels, or their gradient is not finite.
+        """
+        pixels = torch.rand(2, 3, 224, 224, device=device, requires_grad=trained)
+        with torch.set_grad_enabled(trained):
+            r = self(pixels, ["a red apple", "a blue cat"])
+        if trained:
+            (gradient,) = torch.autograd.grad(r.sum(), pixels, allow_unused=True)
+            if gradient is None:
+                raise ValueError(f"reward `{self.spec}` returned scores that do not depend on the pixels")
+            if not torch.isfinite(gradient).all():
+                raise ValueError(f"reward `{self.spec}` has a gradient with NaN or infinity in it")

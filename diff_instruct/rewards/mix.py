@@ -1,0 +1,51 @@
+"""Several rewards as one: r(x, c) = Σ weight · min(r_i(x, c), cap_i)."""
+
+import math
+
+import torch
+
+
+class Mix(torch.nn.Module):
+    """A weighted sum of rewards, each in its published unit and, if it has a cap, no more than that.
+
+    Above its cap a reward has no gradient (cap − relu(cap − r)): it stops being chased, which is a brake against
+    reward hacking.
+
+    Args:
+        rewards (`dict`): a callable `(pixels, prompts) -> (B,)` for each name.
+        weights (`dict`): a factor for each name.
+        caps (`dict`, *optional*): an upper bound, in the reward's own unit, for some names.
+    """
+
+    def __init__(self, rewards, weights, caps=None):
+        super().__init__()
+        self.names, self.rewards = list(rewards), torch.nn.ModuleList(rewards.values())
+        self.weights, self.caps = weights, caps or {}
+        self.seen = {name: [] for name in self.names}
+
+    @property
+    def is_plain(self):
+        """One reward as it is: there are no parts to tell from the whole."""
+        return list(self.weights.values()) == [1.0] and not self.caps
+
+    def scores(self, pixels, prompts):
+        """The published score (B,) of each part, without weight or cap."""
+        return {name: reward(pixels, prompts) for name, reward in zip(self.names, self.rewards)}
+
+    def combine(self, scores):
+        """The mix (B,) of what `scores` returned."""
+        return sum(self.weights[name] * r.clamp(max=self.caps.get(name, math.inf)) for name, r in scores.items())
+
+    def forward(self, pixels, prompts):
+        """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`."""
+        scores = self.scores(pixels, prompts)
+        for name, r in scores.items():
+            self.seen[name].append(r.detach())
+        return self.combine(scores)
+
+    def take_parts(self, n):
+        """For the log: `reward_<name>`, the mean published score of each part over the last n images; empty if there
+        is but one reward as it is. What was remembered is forgotten."""
+        means = {f"reward_{name}": torch.cat(seen)[-n:].mean() for name, seen in self.seen.items() if seen}
+        self.seen = {name: [] for name in self.names}
+        return {} if self.is_plain else means

@@ -1,0 +1,32 @@
+"""The two scorers of the pocket reference (see pocket/README.md)."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from diff_instruct.rewards.checkpoint import clip_network
+from diff_instruct.rewards.clip import ClipScorer
+
+
+class PocketReward(ClipScorer):
+    """(cosine − mean) / std: in units of the spread of the reference's own samples."""
+
+    def __init__(self, name, model, tokenizer, mean=0.0, std=1.0):
+        super().__init__(name, model, tokenizer, pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5))
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def from_pretrained(cls, name, path, cache_dir=None):
+        """From a folder with the CLIPModel, its tokenizer and `reward.json`, which holds mean and std."""
+        scale = json.loads((Path(path) / "reward.json").read_text())
+        return cls(name, clip_network(name, path, "pocket"), AutoTokenizer.from_pretrained(path), **scale)
+
+    @classmethod
+    def unscaled(cls, folder):
+        """The cosine itself, from a folder without `reward.json`: mean and std are measured with it."""
+        return cls("pocket", clip_network("pocket", folder, "pocket"), AutoTokenizer.from_pretrained(folder))
+
+    def forward(self, pixels, prompts):
+        """Reward (B,) of pixels (B, 3, H, W) in [0, 1] for B prompts."""
+        return (super().forward(pixels, prompts) - self.mean) / self.std

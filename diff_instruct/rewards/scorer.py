@@ -1,0 +1,58 @@
+"""What all published rewards share: frozen networks, a tokenizer with a limit, image features."""
+
+import logging
+import zlib
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+
+class Scorer(torch.nn.Module):
+    """A frozen network that scores images: `scorer(pixels, prompts) -> (B,)` and `scorer.image_features(pixels)`.
+
+    It stays in eval mode, but gradients go through it to the pixels: (B, 3, H, W), nominally in [0, 1], any size.
+    Subclasses score in the unit in which the scorer's tables are published.
+
+    Args:
+        name (`str`): as in `--reward`.
+        tokenizer, max_length (`int`): prompts are cut at that many tokens.
+        padding: as the tokenizer's argument of that name.
+    """
+
+    def __init__(self, name, tokenizer=None, max_length=None, padding=True):
+        super().__init__()
+        self.name, self.tokenizer, self.max_length, self.padding = name, tokenizer, max_length, padding
+        self.cut_prompts = set()  # checksums, so that each prompt counts once, in all processes together
+
+    def train(self, mode=True):
+        """Dropout would make scores random: always eval."""
+        return super().train(False)
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def tokenize(self, prompts):
+        """Token ids and attention mask, (B, L) each, of B prompts."""
+        prompts = list(prompts)
+        lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        cut = {zlib.crc32(p.encode()) for p, length in zip(prompts, lengths) if length > self.max_length}
+        if cut and not self.cut_prompts:
+            logger.warning(
+                f"reward `{self.name}` reads {self.max_length} tokens: what a prompt says after that does not count. "
+                "How many prompts were cut is in training_summary.json."
+            )
+        self.cut_prompts |= cut
+        return self.tokenizer(
+            prompts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+
+    def image_features(self, pixels):
+        """Unit vectors (B, D) of pixels (B, 3, H, W), for the diversity of images."""
+        raise NotImplementedError
