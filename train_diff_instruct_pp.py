@@ -294,6 +294,7 @@ def main(args):
         with averaged(ema, pipe.denoiser):
             export(args, pipe, summary, type(stock), validation_prompts[0])
         report(args, summary)
+    accelerator.wait_for_everyone()  # no process leaves while another still writes, or waits for its answer
     accelerator.end_training()
 
 
