@@ -6,7 +6,6 @@ Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to
 arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
 """
 
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -38,7 +37,7 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
+from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer, usable_cores
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
 from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
@@ -62,7 +61,7 @@ def main(args):
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        torch.set_num_threads(max(1, usable_cores() // processes))
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
