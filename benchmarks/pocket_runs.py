@@ -31,7 +31,7 @@ from diff_instruct.configs import read_models  # noqa: E402
 from diff_instruct.evaluation import fixed_noise, judge_images, mean_with_interval  # noqa: E402
 from diff_instruct.models import load_generator, load_reference  # noqa: E402
 from diff_instruct.optimization import usable_cores  # noqa: E402
-from diff_instruct.reporting import draw_reference, image_grid  # noqa: E402
+from diff_instruct.reporting import draw_reference  # noqa: E402
 from diff_instruct.rewards import load_heldout, load_mix  # noqa: E402
 from pocket.build import retrieved  # noqa: E402
 
@@ -132,7 +132,9 @@ class Judge:
         """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
         stock, decode = self.stock, self.before.decode
         if steps == 1:  # PixArt-α's own sampler has no single step
-            stock = type(stock).from_pipe(stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING))
+            stock = type(stock).from_pipe(
+                stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
+            )
         return lambda prompts, z: draw_reference(stock, decode, prompts, z, GUIDANCE, steps)
 
 
@@ -188,7 +190,11 @@ def paired(scores, pairs, labels):
 
 def curves(settings, args, labels, file):
     """What validation saw while training: mean of the seeds, and a band from the least to the greatest."""
-    panels = {"val_reward": "pocket (trained)", "val_heldout": "pocket_heldout (not trained)", "val_diversity": "diversity"}
+    panels = {
+        "val_reward": "pocket (trained)",
+        "val_heldout": "pocket_heldout (not trained)",
+        "val_diversity": "diversity",
+    }
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name in settings:
         runs = []
