@@ -46,6 +46,9 @@ from diff_instruct.schedule import NoiseSchedule
 from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
 
 
+ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
+
+
 def main(args):
     started = time.time()
 
@@ -185,7 +188,7 @@ def main(args):
     bar = tqdm(
         range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
     )
-    done = first_step
+    done, judged = first_step, {}
     for step in bar:
         if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
             break
@@ -249,15 +252,16 @@ def main(args):
             figures = {k: accelerator.reduce(v, "mean").item() for k, v in figures.items()}
             figures["skipped_steps"] = step_theta.skipped + step_psi.skipped
             figures["learning_rate"] = theta_lr.get_last_lr()[0]
-            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("reward", "ta_loss", "norm_divergence")})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in (figures | judged).items() if k in ON_THE_BAR})
             if history:
                 history.log(accelerator, done, figures)
         if args.validation_steps and done % args.validation_steps == 0:
             scores, pictures = judge(eval_prompts[:16])
             earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
             heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
+            judged = {f"val_{k}": float(v.mean()) for k, v in scores.items()}
             if history:
-                history.log(accelerator, done, {f"val_{k}": float(v.mean()) for k, v in scores.items()})
+                history.log(accelerator, done, judged)
                 log_images(accelerator, done, pictures, validation_prompts)
         if args.checkpointing_steps and done % args.checkpointing_steps == 0:
             state = {

@@ -62,7 +62,7 @@ def parser(description):
 
 
 def train(settings, args):
-    """Train every name: arguments of `settings` with every seed, each run on a core of its own: fastest on few cores."""
+    """Train every name: arguments of `settings` with every seed, each run on a core of its own."""
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = Queue()
     for k in range(args.at_once):
