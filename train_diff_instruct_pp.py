@@ -6,6 +6,7 @@ Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to
 arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
 """
 
+import gc
 import sys
 import time
 from contextlib import nullcontext
@@ -298,6 +299,9 @@ def main(args):
             export(args, pipe, summary, type(stock), validation_prompts[0])
         report(args, summary)
     accelerator.wait_for_everyone()  # no process leaves while another still writes, or waits for its answer
+    # DDP holds the process group: if it were the last to let it go, gloo's threads could wait for Python for ever.
+    generator, ta, step_theta, step_psi = accelerator.free_memory(generator, ta, step_theta, step_psi)
+    gc.collect()
     accelerator.end_training()
 
 
