@@ -2,6 +2,10 @@
 
 `five_settings.py` and `five_methods.py` say which runs. Every run starts from the committed one-step generator and
 differs in its arguments and its seed only. Finished runs are kept in the work directory and not made again.
+
+They are judged on 64 captions that the reference knows and that are taken out of the prompts of alignment, as in the
+papers, where the reference knows most of what it is asked for; and on the pocket's 64 held-out prompts, new
+combinations, which the reference itself draws badly (pocket/README.md).
 """
 
 import argparse
@@ -46,9 +50,17 @@ METRICS = {
     "reward": "`pocket` (trained)",
     "heldout": "`pocket_heldout` (not trained)",
     "diversity": "diversity",
-    "retrieval": "retrieval, new",
-    "retrieval_seen": "retrieval, seen",
+    "retrieval": "retrieval",
+    "heldout_new": "`pocket_heldout`, new combinations",
+    "retrieval_new": "retrieval, new combinations",
 }
+
+
+def split_prompts():
+    """(judged, rest, new): captions that the reference knows and are only judged, the others, and new combinations."""
+    known, new = ((ROOT / "pocket" / f"prompts_{part}.txt").read_text().splitlines() for part in ("train", "heldout"))
+    judged = known[7 :: len(known) // 64][:64]
+    return judged, [caption for caption in known if caption not in judged], new
 
 
 def parser(description):
@@ -63,10 +75,16 @@ def parser(description):
 
 def train(settings, args):
     """Train every name: arguments of `settings` with every seed, each run on a core of its own."""
+    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
+    judged, rest, _ = split_prompts()
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = Queue()
     for k in range(args.at_once):
         cores.put(pinned[k % len(pinned)] if pinned else None)
+
+    files = {"eval_prompts": judged, "train_prompts": rest}
+    for flag, prompts in files.items():
+        (Path(args.work_dir) / f"{flag}.txt").write_text("\n".join(prompts) + "\n")
 
     def one(name, arguments, seed):
         folder = Path(args.work_dir) / f"{name}-{seed}"
@@ -74,6 +92,7 @@ def train(settings, args):
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
             command += ["--max_train_steps", str(args.max_train_steps), *COMMON.split(), *arguments.split()]
+            command += [word for flag in files for word in (f"--{flag}", str(Path(args.work_dir) / f"{flag}.txt"))]
             resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
             core = cores.get()
             with (folder / "log.txt").open("a") as log:
@@ -92,36 +111,34 @@ def train(settings, args):
 
 
 class Judge:
-    """Scores of 64 held-out prompts, and retrieval rates for those and for 64 that the generator was trained on."""
+    """Scores of images of the captions that the reference knows, and of new combinations (see `split_prompts`)."""
 
     def __init__(self, work_dir):
-        self.args = parse_args(["--output_dir", work_dir])
-        self.work_dir = Path(work_dir)
-        models = read_models(self.args)
-        self.stock = load_reference(self.args, models, torch.float32)
-        self.before = load_generator(self.args, models, self.stock)
-        self.reward, self.heldout = load_mix(self.args, "cpu"), load_heldout(self.args, "cpu")
-        train, new = (Path(p).read_text().splitlines() for p in (self.args.train_prompts, self.args.eval_prompts))
-        self.captions = {"names": train + new}
-        self.new, self.seen = new, train[:: len(train) // 64][:64]
-        self.shown = [*self.seen[4:16:3], *new[:4]]
+        args, self.work_dir = parse_args(["--output_dir", work_dir]), Path(work_dir)
+        models = read_models(args)
+        self.stock = load_reference(args, models, torch.float32)
+        self.before = load_generator(args, models, self.stock)
+        self.reward, self.heldout = load_mix(args, "cpu"), load_heldout(args, "cpu")
+        self.known, rest, self.new = split_prompts()
+        self.captions = {"names": [*self.known, *rest, *self.new]}
+        self.shown = [*self.known[::13], *self.new[:3]]
 
     @torch.no_grad()
     def __call__(self, name, draw):
         """Scores as in `evaluate` and the pictures shown, of `draw(prompts, z)`, which returns pixels in [0, 1]."""
         file = self.work_dir / f"{name}.safetensors"
         if not file.exists():
-            shape, rows, hits = self.before.latent_shape(), [], []
-            for i, prompt in enumerate(tqdm([*self.new, *self.seen], desc=name, leave=False)):
+            shape, rows = self.before.latent_shape(), []
+            for i, prompt in enumerate(tqdm([*self.known, *self.new], desc=name, leave=False)):
                 c = [prompt] * N_IMAGES
                 pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
-                hits.append(retrieved(self.heldout["pocket_heldout"], pixels, c, self.captions, seed=i))
-                if i < len(self.new):
-                    rows.append(judge_images(pixels, c, self.reward, self.heldout))
-            scores = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-            scores["retrieval"], scores["retrieval_seen"] = torch.tensor(hits).float().split(len(self.new))
+                row = judge_images(pixels, c, self.reward, self.heldout)
+                hits = retrieved(self.heldout["pocket_heldout"], pixels, c, self.captions, seed=i)
+                rows.append({**row, "retrieval": torch.tensor(hits).float()})
+            both = {k: torch.stack([row[k] for row in rows]).split(len(self.known)) for k in rows[0]}
+            scores = {**{k: v[0] for k, v in both.items()}, **{f"{k}_new": v[1] for k, v in both.items()}}
             pictures = torch.cat([draw([p], fixed_noise(shape, 1000 + i, 1)) for i, p in enumerate(self.shown)])
-            save_file({**scores, "pictures": pictures}, file)
+            save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
         return load_file(file)
 
     def one_step(self, pipe):

@@ -151,7 +151,6 @@ def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatc
 
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "killed")]
-    assert ("pocket (trained)" in card.text) == (method != "Score Implicit Matching")
     for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
         assert summaries[0][key] == summaries[1][key]
     logs = [(tmp_path / n / "history.jsonl").read_text() for n in ("whole", "killed")]
