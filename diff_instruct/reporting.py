@@ -2,6 +2,7 @@
 
 import json
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +103,12 @@ def draw_reference(stock, decode, prompts, noise, cfg_scale, steps=REFERENCE_STE
 
 
 def log_images(accelerator, step, images, prompts):
-    """Validation pictures to TensorBoard and Weights & Biases."""
+    """Validation pictures to TensorBoard, Weights & Biases and Trackio."""
     array = (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", array, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"validation": [wandb.Image(a, caption=p) for a, p in zip(array, prompts)]}, step=step)
+        elif tracker.name in ("wandb", "trackio"):
+            library = import_module(tracker.name)
+            pictures = [library.Image(a, caption=p) for a, p in zip(array, prompts)]
+            tracker.log({f"validation/{i}": picture for i, picture in enumerate(pictures)}, step=step)
