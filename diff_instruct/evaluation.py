@@ -110,7 +110,7 @@ def mean_over_categories(values, categories, n_resamples=2000, seed=0):
 
 
 def wins(a, b):
-    """1 where an image of `a` scores higher than its pair in `b`, 0 where it scores lower, 1/2 for a tie; their shape."""
+    """1 where `a` is greater than `b`, 0 where it is less, 1/2 for a tie: tensors of one shape."""
     return (a > b).double() + (a == b).double() / 2
 
 
