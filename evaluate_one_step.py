@@ -171,7 +171,10 @@ def main(args):
     folder = Path(args.output_dir)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        described = {name: [c.describe(), fingerprint(c.path)] for name, c in contenders.items()}
+        described = {
+            name: [c.describe(), *(fingerprint(path) for path in (c.path, c.base) if path)]
+            for name, c in contenders.items()
+        }
         remember(folder, settings(args, prompts, dtype, device), described)
     per_batch = args.batch_size // args.num_images
     places = [range(i, min(i + per_batch, len(prompts.texts))) for i in range(0, len(prompts.texts), per_batch)]

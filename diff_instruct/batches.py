@@ -5,12 +5,19 @@ import os
 from pathlib import Path
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
 def fingerprint(path):
-    """[bytes, newest change] of a local file or folder, to notice that it is another one; None if it is not local."""
+    """[bytes, newest change] of a local file, or of the weights in a folder, to notice that it is another one.
+
+    None if it is not local. Other files in a folder do not count: the evaluation itself may be written there.
+    """
     path = Path(path)
     if not path.exists():
         return None
-    stats = [f.stat() for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
+    files = [f for f in path.rglob("*") if f.suffix in WEIGHTS] if path.is_dir() else [path]
+    stats = [f.stat() for f in files]
     return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 

@@ -1,5 +1,6 @@
 """The evaluation script on tiny models: what it writes, that its figures are right, that it goes on when stopped."""
 
+import gc
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, PixArtAlphaPipeline
+from diffusers import DDPMScheduler, PixArtAlphaPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import evaluate_one_step as script
@@ -33,7 +34,7 @@ from diff_instruct.rewards import load_scorers
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.scoreboard import compare_pairs, summarise
 from pipeline_one_step import OneStepPipeline
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, tiny_sdxl
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,41 @@ def test_a_whole_pipeline_that_is_a_one_step_model(options, tiny_model):
     assert result["models"]["own"]["figures"] == result["models"]["put"]["figures"]
 
 
+def test_released_checkpoints_of_sdxl(options, tmp_path):
+    """As they lie on the Hub: a file of UNet weights (DMD2, DIDR), and a pipeline with an fp16 UNet (DI++, DI*)."""
+    base, whole = tiny_sdxl(tmp_path / "base"), tiny_sdxl(tmp_path / "whole", seed=1)
+    unet = StableDiffusionXLPipeline.from_pretrained(whole).unet
+    torch.save(unet.state_dict(), tmp_path / "unet.bin")
+    unet.to(torch.float16).save_pretrained(Path(whole) / "unet", variant="fp16")
+    (Path(whole) / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    models = [f"dmd2={tmp_path / 'unet.bin'},base={base},timestep=399", f"dipp={whole},timestep=399,variant=fp16"]
+    models += [f"dipp-in-base={whole}/unet/diffusion_pytorch_model.fp16.safetensors,base={base},timestep=399"]
+    models += [f"sdxl={base},steps=2,guidance=5"]
+    result = run([*options, "--models", *models, "--mixed_precision", "bf16", "--num_prompts", 3])
+    others = result["comparison"]["models"]
+    assert abs(others["dipp-in-base"]["pocket"]["difference"]["mean"]) < 0.05  # the file is rounded to fp16, then bf16
+    assert abs(others["sdxl"]["pocket"]["difference"]["mean"]) > 0.05
+    assert not result["comparison"]["other_noise"]
+    assert {m["latent_shape"][0] for m in result["models"].values()} == {4}
+
+
+def test_models_are_freed_one_after_the_other(options, export, tiny_model):
+    """Without waiting for the garbage collector: two may not fit."""
+
+    def alive():
+        return [o for o in gc.get_objects() if type(o) in (OneStepPipeline, PixArtAlphaPipeline)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        run([*options, "--models", f"mine={export}", f"reference={tiny_model},steps=1,guidance=1"])
+        run([*options, "--models", f"network={export},base={tiny_model}"])
+        assert len(alive()) == len(before)
+    finally:
+        gc.enable()
+
+
 def interrupted_after(number, judge):
     def stopping(*args):
         stopping.calls += 1
@@ -233,13 +269,15 @@ def test_other_settings_in_the_same_folder_are_a_mistake(options, change, name):
 
 
 def test_a_model_that_was_trained_again_is_noticed_and_a_new_one_may_join(tmp_path):
-    file = tmp_path / "weights"
+    file = tmp_path / "unet" / "weights.bin"
+    file.parent.mkdir()
     file.write_text("one")
-    remember(tmp_path, {"seed": 1}, {"a": [{"path": "weights"}, fingerprint(file)]})
-    remember(tmp_path, {"seed": 1}, {"b": [{}, None]})
+    remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})
+    remember(tmp_path, {"seed": 1}, {"b": [{}, fingerprint("user/model")]})
+    remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})  # what lies beside it is new
     file.write_text("three")
     with pytest.raises(ValueError, match="model a"):
-        remember(tmp_path, {"seed": 1}, {"a": [{"path": "weights"}, fingerprint(file)]})
+        remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})
     assert set(json.loads((tmp_path / "settings.json").read_text())["models"]) == {"a", "b"}
 
 
