@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate_one_step as script
 from diff_instruct import benchmark, rewards
-from diff_instruct.batches import fingerprint, remember
+from diff_instruct.batches import Batches, fingerprint, remember
 from diff_instruct.benchmark import PromptSet, load_prompt_set, spread
 from diff_instruct.contenders import Contender
 from diff_instruct.evaluation import (
@@ -279,6 +279,16 @@ def test_a_model_that_was_trained_again_is_noticed_and_a_new_one_may_join(tmp_pa
     with pytest.raises(ValueError, match="model a"):
         remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})
     assert set(json.loads((tmp_path / "settings.json").read_text())["models"]) == {"a", "b"}
+
+
+def test_a_file_is_there_with_all_of_its_text_or_not_at_all(tmp_path, monkeypatch):
+    def killed(partial, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Batches(tmp_path, "a", 1).write(0, {"scores": {}})
+    assert Batches(tmp_path, "a", 1).missing() == [0]
 
 
 def prompt_set(n, categories=None, rule="prompts"):
