@@ -169,8 +169,11 @@ def main(args):
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     prompts = load_prompt_set(args)
     folder = Path(args.output_dir)
-    if accelerator.is_main_process:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+    if accelerator.is_main_process:
         described = {
             name: [c.describe(), *(fingerprint(path) for path in (c.path, c.base) if path)]
             for name, c in contenders.items()

@@ -29,7 +29,7 @@ def write_whole(file, text):
 
 
 def remember(folder, settings, models):
-    """Keep `settings.json`, or compare with the one of an earlier start in the same folder; new models may join.
+    """Keep `settings.json`; once a batch is finished, later starts in the same folder must agree. New models may join.
 
     Args:
         settings (`dict`): what figures depend on, the same for all models.
@@ -40,7 +40,7 @@ def remember(folder, settings, models):
     """
     file = Path(folder) / "settings.json"
     now, known = json.loads(json.dumps(settings)), {}  # tuples as lists, as they come back
-    if file.is_file():
+    if file.is_file() and any(Path(folder).glob("scores/*/*.json")):
         before = json.loads(file.read_text())
         known = before["models"]
         changed = [key for key in now if now[key] != before["settings"].get(key)]

@@ -12,6 +12,13 @@ from diff_instruct.evaluation import mean_over_categories, mean_with_interval, w
 from diff_instruct.meter import MEMORY_IS
 
 
+# Of what is published in other units, too; each scorer's class says more.
+UNITS = {
+    "hpsv2": "100 · cosine",
+    "hpsv2.1": "100 · cosine",
+    "pickscore": "exp(logit scale) · cosine, about 100 · cosine",
+    "clip": "100 · max(cosine, 0)",
+}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 
 
@@ -103,6 +110,7 @@ def report(args, contenders, kept, prompts, device):
         "num_images": args.num_images,
         "seed": args.seed,
         "image_seeds": "seed + 1000003 * (place of the prompt, from 0) + (number of the image, from 0)",
+        "units": {key: UNITS[key] for key in next(iter(scores.values())) if key in UNITS},
         "intervals": "95%, bootstrap over the prompts (within categories, if means are), 2000 resamples",
         "models": models,
         "comparison": {
@@ -148,6 +156,8 @@ def markdown(result):
         f"{result['seed']}), with its 95% interval by bootstrap over the prompts. SHA-256 of the prompts: "
         f"`{prompts['sha256']}`. s / image: {result['seconds_are']}. GiB: {result['peak_memory_is']}.",
     ]
+    if result["units"]:
+        text.append(f"Units: {'; '.join(f'{name}: {unit}' for name, unit in result['units'].items())}.")
     if "diversity" in keys:
         text.append(
             f"diversity: mean of 1 − cosine between the images of one prompt, by the image features of "

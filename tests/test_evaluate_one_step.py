@@ -32,7 +32,7 @@ from diff_instruct.prompts import Conditioning
 from diff_instruct.reporting import draw_reference
 from diff_instruct.rewards import load_scorers
 from diff_instruct.rewards.mix import Mix
-from diff_instruct.scoreboard import compare_pairs, summarise
+from diff_instruct.scoreboard import compare_pairs, markdown, report, summarise
 from pipeline_one_step import OneStepPipeline
 from tests.tiny import PROMPTS, tiny_sdxl
 
@@ -272,7 +272,9 @@ def test_a_model_that_was_trained_again_is_noticed_and_a_new_one_may_join(tmp_pa
     file = tmp_path / "unet" / "weights.bin"
     file.parent.mkdir()
     file.write_text("one")
+    remember(tmp_path, {"seed": 0}, {"a": [{}, None]})  # nothing came of it, so the next start may differ
     remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})
+    Batches(tmp_path, "a", 1).write(0, {})
     remember(tmp_path, {"seed": 1}, {"b": [{}, fingerprint("user/model")]})
     remember(tmp_path, {"seed": 1}, {"a": [{"path": "x"}, fingerprint(tmp_path)]})  # what lies beside it is new
     file.write_text("three")
@@ -406,6 +408,19 @@ def test_the_prompt_sets_of_the_benchmarks(tmp_path, monkeypatch):
     assert len(prompts.texts) == 1000 and prompts.texts[:2] == ["caption 0", "caption 5"]
 
 
+def test_the_output_says_rule_and_units():
+    """Of HPSv2: 100 · cosine, and the mean over categories."""
+    batch = {"scores": {"hpsv2.1": [[28.0], [30.0]]}, "seconds_per_image": 1.0, "gib": 1.0, "cut": {"hpsv2.1": [3]}}
+    batch.update(diversity_by="hpsv2.1", latent_shape=[4, 8, 8])
+    args = arguments("--prompts", "hpsv2", "--num_images", 1)
+    prompts = prompt_set(2, ["anime", "photo"], "categories")
+    result = report(args, {"a": Contender("a", "x")}, {"a": [batch]}, prompts, torch.device("cpu"))
+    assert result["models"]["a"]["figures"]["hpsv2.1"]["mean"] == 29 and result["cut_prompts"] == {"hpsv2.1": 1}
+    text = markdown(result)
+    assert "mean over the categories of their means" in text and "hpsv2.1: 100 · cosine" in text
+    assert "anime (1)" in text and "in part only: hpsv2.1 1" in text
+
+
 def test_even_distances():
     assert list(spread(10, 3)) == [0, 3, 6] and list(spread(3, 10)) == list(spread(3, None)) == [0, 1, 2]
 
@@ -448,6 +463,7 @@ def test_contenders():
         (["--category_column", "Category"], "has no column `Category`"),
         (["--batch_size", "1"], "at least --num_images"),
         (["--num_images", "0"], "--num_images must be at least 1"),
+        (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
     ],
 )
 def test_mistakes_end_with_one_line_before_anything_loads(
