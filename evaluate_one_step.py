@@ -8,7 +8,6 @@ does it with the pocket models. The same command goes on where it was stopped.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +24,7 @@ from diff_instruct.benchmark import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_pro
 from diff_instruct.contenders import EXAMPLE, Contender, check, load
 from diff_instruct.evaluation import diversity, first_features, noise_and_generators
 from diff_instruct.meter import Meter
+from diff_instruct.optimization import usable_cores
 from diff_instruct.reporting import image_grid
 from diff_instruct.rewards import REWARDS, check_scorers, load_scorers, parse_pairs
 from diff_instruct.rewards.scorer import Scorer
@@ -166,7 +166,7 @@ def main(args):
     device = accelerator.device
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+        torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
     prompts = load_prompt_set(args)
     folder = Path(args.output_dir)
     try:

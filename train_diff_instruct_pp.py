@@ -6,7 +6,7 @@ Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to
 arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
 """
 
-import os
+import gc
 import sys
 import time
 from contextlib import nullcontext
@@ -38,13 +38,16 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
+from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer, usable_cores
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
 from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.schedule import NoiseSchedule
 from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
+
+
+ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
 
 
 def main(args):
@@ -62,7 +65,7 @@ def main(args):
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        torch.set_num_threads(max(1, usable_cores() // processes))
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
@@ -186,7 +189,7 @@ def main(args):
     bar = tqdm(
         range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
     )
-    done = first_step
+    done, judged = first_step, {}
     for step in bar:
         if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
             break
@@ -250,15 +253,16 @@ def main(args):
             figures = {k: accelerator.reduce(v, "mean").item() for k, v in figures.items()}
             figures["skipped_steps"] = step_theta.skipped + step_psi.skipped
             figures["learning_rate"] = theta_lr.get_last_lr()[0]
-            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("reward", "ta_loss", "norm_divergence")})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in (figures | judged).items() if k in ON_THE_BAR})
             if history:
                 history.log(accelerator, done, figures)
         if args.validation_steps and done % args.validation_steps == 0:
             scores, pictures = judge(eval_prompts[:16])
             earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
             heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
+            judged = {f"val_{k}": float(v.mean()) for k, v in scores.items()}
             if history:
-                history.log(accelerator, done, {f"val_{k}": float(v.mean()) for k, v in scores.items()})
+                history.log(accelerator, done, judged)
                 log_images(accelerator, done, pictures, validation_prompts)
         if args.checkpointing_steps and done % args.checkpointing_steps == 0:
             state = {
@@ -295,6 +299,9 @@ def main(args):
             export(args, pipe, summary, type(stock), validation_prompts[0])
         report(args, summary)
     accelerator.wait_for_everyone()  # no process leaves while another still writes, or waits for its answer
+    # DDP holds the process group: if it were the last to let it go, gloo's threads could wait for Python for ever.
+    generator, ta, step_theta, step_psi = accelerator.free_memory(generator, ta, step_theta, step_psi)
+    gc.collect()
     accelerator.end_training()
 
 

@@ -6,6 +6,9 @@ import os
 import shlex
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
 from diff_instruct.presets import PRESETS
 from diff_instruct.rewards import REWARDS, check_rewards
@@ -237,6 +240,7 @@ def check_args(args):
         )
     if not 0 <= args.min_timestep < args.max_timestep <= 1:
         raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
+    check_tracker(args.report_to)
     check_rewards(args)
     for name in ("train_prompts", "eval_prompts"):
         path = getattr(args, name)
@@ -248,3 +252,12 @@ def check_args(args):
         raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
     if not os.access(args.output_dir, os.W_OK):
         raise ValueError(f"--output_dir {args.output_dir} is not writable")
+
+
+def check_tracker(name):
+    """Raises ValueError for a tracker that is unknown or not installed: accelerate would log nothing, silently."""
+    if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
+        return
+    if name in LoggerType.list():
+        raise ValueError(f"--report_to {name}: its package is missing: pip install {name}")
+    raise ValueError(f"--report_to {name}: take tensorboard, wandb, trackio, all or none")

@@ -48,6 +48,19 @@ def diversity(features):
     return 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
 
 
+def judge_images(pixels, prompts, reward, heldout):
+    """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s."""
+    _, features_of = diversity_features(reward, heldout)
+    parts = reward.scores(pixels, prompts)
+    row = {"reward": reward.combine(parts)}
+    if not reward.is_plain:
+        row |= {f"reward_{name}": r for name, r in parts.items()}
+    for k, (name, scorer) in enumerate(heldout.items()):
+        row[f"heldout_{name}" if k else "heldout"] = scorer(pixels, prompts)
+    row["diversity"] = diversity(features_of(pixels))
+    return row
+
+
 @torch.no_grad()
 def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward, heldout):
     """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
@@ -63,19 +76,11 @@ def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward,
         for the first held-out scorer `heldout` and for others `heldout_<name>`; (P,) for `diversity`: within a prompt,
         the mean of 1 − cosine between image features (see `diversity_features`).
     """
-    _, features_of = diversity_features(reward, heldout)
     rows = []
     for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
-        z = fixed_noise(latent_shape, i, n_images).to(accelerator.device)
-        pixels = pipe.decode(pipe.generate(pipe.denoiser, z, encode([prompts[i]] * n_images))).clamp(0, 1)
-        c = [prompts[i]] * n_images
-        parts = reward.scores(pixels, c)
-        row = {"reward": reward.combine(parts)}
-        if not reward.is_plain:
-            row |= {f"reward_{name}": r for name, r in parts.items()}
-        for k, (name, scorer) in enumerate(heldout.items()):
-            row[f"heldout_{name}" if k else "heldout"] = scorer(pixels, c)
-        row["diversity"] = diversity(features_of(pixels))
+        z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
+        pixels = pipe.decode(pipe.generate(pipe.denoiser, z, encode(c))).clamp(0, 1)
+        row = judge_images(pixels, c, reward, heldout)
         rows.append((i, {key: value.tolist() for key, value in row.items()}))
     rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, u
 from peft import get_peft_model_state_dict
 
 from diff_instruct.lora import merged
+from diff_instruct.papers import bibtex, method
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card_template.md"
@@ -70,6 +71,8 @@ def label(figure, summary):
         return "diversity"
     if kind == "heldout":
         return f"{name or summary['arguments']['heldout_reward'].split()[0]} (not trained)"
+    if not float(summary["arguments"]["reward_scale"]):
+        return f"{name or summary['arguments']['reward']} (not trained: reward scale 0)"
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
 
@@ -90,6 +93,8 @@ def write_card(args, pipe, summary, stock_class, prompt):
         name=Path(args.output_dir).resolve().name,
         repo=args.hub_model_id or Path(args.output_dir).name,
         base=base if on_hub else f"the local pipeline `{Path(base).name}`",
+        method=method(args),
+        citations="\n\n".join(bibtex(name) for name in dict.fromkeys(["Diff-Instruct++", method(args)])),
         timestep=pipe.config.timestep,
         stock_call=STOCK_CALLS[stock_class.__name__].format(prompt=json.dumps(prompt), timestep=pipe.config.timestep),
         stock_class=stock_class.__name__,
@@ -104,6 +109,8 @@ def write_card(args, pipe, summary, stock_class, prompt):
         table=figures_table(summary),
         license=license,
         command=command_line(),
+        arguments=json.dumps(summary["arguments"], indent=2),
+        heldout=shlex.join(args.heldout_reward or []),
         **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds", "diversity_by")},
     )
     card.save(Path(args.output_dir) / "README.md")

@@ -89,12 +89,12 @@ def draw(pipe, encode, prompts, noise):
 
 
 @torch.no_grad()
-def draw_reference(stock, decode, prompts, noise, cfg_scale):
+def draw_reference(stock, decode, prompts, noise, cfg_scale, steps=REFERENCE_STEPS):
     """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance."""
     stock.set_progress_bar_config(disable=True)
     noise = noise.to(stock.vae.dtype)
     height, width = (n * stock.vae_scale_factor for n in noise.shape[-2:])
-    options = {"num_inference_steps": REFERENCE_STEPS, "guidance_scale": cfg_scale, "height": height, "width": width}
+    options = {"num_inference_steps": steps, "guidance_scale": cfg_scale, "height": height, "width": width}
     if isinstance(stock, PixArtAlphaPipeline):  # it would change the size and the prompt
         options.update(use_resolution_binning=False, clean_caption=False)
     latents = [stock(c, latents=z[None], output_type="latent", **options).images for c, z in zip(prompts, noise)]

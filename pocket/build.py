@@ -280,14 +280,20 @@ def build_generator(work_dir):
 
 
 @torch.no_grad()
-def retrieval_rate(scorer, images, prompts, captions, n=100, seed=0):
-    """How often the scorer ranks an image's own caption first among n captions."""
+def retrieved(scorer, images, prompts, captions, n=100, seed=0):
+    """For each image, whether the scorer ranks its own caption first among n captions."""
     rng, hits = random.Random(seed), []
     text = dict(zip(captions["names"], scorer.text_features(captions["names"])))
     for feature, prompt in zip(scorer.image_features(images), prompts):
         others = rng.sample([c for c in captions["names"] if c != prompt], n - 1)
         scores = torch.stack([text[c] for c in [prompt, *others]]) @ feature
         hits.append(scores.argmax().item() == 0)
+    return hits
+
+
+def retrieval_rate(*args, **options):
+    """The share of the images that are `retrieved`."""
+    hits = retrieved(*args, **options)
     return sum(hits) / len(hits)
 
 

@@ -1,10 +1,12 @@
 """Runs of a few steps on the tiny model: what is written, what is trained, what survives a kill."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
@@ -50,6 +52,32 @@ def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "{{" not in card and f"{summary['reward_after']:.3f}" in card
     assert "from diffusers import DiffusionPipeline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, method",
+    [
+        ([], "Diff-Instruct++"),
+        (["--preset", "sim", "--lora_rank", 2], "Score Implicit Matching"),
+        (["--preset", "didr", "--pretrain_steps", 1], "Diff-Instruct with Diffused Reward"),
+    ],
+)
+def test_the_model_card_is_filled_from_the_run(tiny_args, tmp_path, options, method):
+    run([*tiny_args, *options])
+    out, summary = tmp_path / "out", json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert {"diffusers", "one-step", "diff-instruct"} <= set(card.data.tags)
+    for left in ("{{", "}}:", "{%", "None,", "TODO", "to be filled"):
+        assert left not in card.text
+    assert f"{method} in 4 steps" in card.text and card.text.count("@article") == len({method, "Diff-Instruct++"})
+    assert all(
+        f"{summary[f'{k}_{when}']:.3f}" in card.text for k in ("reward", "heldout") for when in ("before", "after")
+    )
+    assert all((out / name).is_file() for name in re.findall(r"!\[\w+\]\((.*?)\)", card.text))
+    assert json.loads(re.search(r"```json\n(.*?)```", card.text, flags=re.S)[1]) == summary["arguments"]
+    for code in re.findall(r"```python\n(.*?)```", card.text, flags=re.S):
+        compile(code, "card", "exec")
 
 
 @pytest.mark.parametrize(
