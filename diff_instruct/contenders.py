@@ -59,8 +59,10 @@ class Contender:
         contender = cls(name, path, **values)
         if (contender.steps is None) != (contender.guidance is None):
             raise ValueError(f"--models {entry}: steps and guidance belong together, as in steps=25,guidance=4.5")
-        if contender.steps is not None and (contender.steps < 1 or contender.base or contender.timestep is not None):
-            raise ValueError(f"--models {entry}: steps must be at least 1, and goes without base and timestep")
+        if contender.steps is not None and (contender.base or contender.timestep is not None):
+            raise ValueError(f"--models {entry}: steps goes without base and timestep")
+        if contender.steps is not None and contender.steps < 2:
+            raise ValueError(f"--models {entry}: steps must be at least 2; a one-step model has timestep=...")
         return contender
 
     def describe(self):

@@ -208,7 +208,7 @@ def test_models_are_freed_one_after_the_other(options, export, tiny_model):
     gc.disable()
     try:
         before = alive()
-        run([*options, "--models", f"mine={export}", f"reference={tiny_model},steps=1,guidance=1"])
+        run([*options, "--models", f"mine={export}", f"reference={tiny_model},steps=2,guidance=1"])
         run([*options, "--models", f"network={export},base={tiny_model}"])
         assert len(alive()) == len(before)
     finally:
@@ -441,6 +441,7 @@ def test_contenders():
         (["--models", "a=x,steps=many,guidance=1"], "steps must be a number"),
         (["--models", "a=x,steps=25"], "steps and guidance belong together"),
         (["--models", "a=x,steps=25,guidance=1,timestep=3"], "goes without base and timestep"),
+        (["--models", "a=x,steps=1,guidance=1"], "steps must be at least 2"),
         (["--models", "a=x", "a=y"], "the name `a` is given twice"),
         (["--models", "a=/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
         (["--models", "a=TINY"], "is a PixArtAlphaPipeline: say steps"),
