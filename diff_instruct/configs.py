@@ -88,6 +88,8 @@ def read_models(args):
     path, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     index = read_index(path, **where)
     family = index["_class_name"]
+    if isinstance(family, list):  # [module, class] of a pipeline that brings its own code
+        family = family[1]
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family}; supported are {', '.join(FAMILIES)}")
     denoiser, default_timestep = FAMILIES[family]

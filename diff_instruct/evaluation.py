@@ -8,10 +8,15 @@ from accelerate.utils import gather_object
 from diff_instruct.rewards.scorer import Scorer
 
 
+def noise_and_generators(shape, prompt_index, n, seed=1234):
+    """`fixed_noise`, and the n random number generators that drew it, for what is drawn after it."""
+    rngs = [torch.Generator().manual_seed(seed + 1_000_003 * prompt_index + k) for k in range(n)]
+    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]), rngs
+
+
 def fixed_noise(shape, prompt_index, n, seed=1234):
     """z (n, C, H, W) for the n images of one prompt: the same in every run."""
-    rngs = [torch.Generator().manual_seed(seed + 1_000_003 * prompt_index + k) for k in range(n)]
-    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
+    return noise_and_generators(shape, prompt_index, n, seed)[0]
 
 
 def pixel_features(pixels):
@@ -20,17 +25,27 @@ def pixel_features(pixels):
     return F.normalize(small - small.mean(dim=1, keepdim=True), dim=-1)
 
 
-def diversity_features(reward, heldout):
+def first_features(scorers):
     """(name, features) of what diversity is measured with: a function from pixels (B, 3, H, W) to unit vectors.
 
-    The first held-out scorer that has image features, else the first that is trained on; users' functions have none,
-    and if there is nothing else it is the pictures themselves.
+    The first of the scorers (a `dict` by name) that has image features; users' functions have none, and if there is
+    nothing else it is the pictures themselves.
     """
-    scorers = {**heldout, **dict(zip(reward.names, reward.rewards))}
     for name, scorer in scorers.items():
         if isinstance(scorer, Scorer):
             return name, scorer.image_features
     return "pixels", pixel_features
+
+
+def diversity_features(reward, heldout):
+    """`first_features` of the held-out scorers, else of those that are trained on."""
+    return first_features({**heldout, **dict(zip(reward.names, reward.rewards))})
+
+
+def diversity(features):
+    """Mean of 1 − cosine between the images of one prompt, from their unit vectors (n, D), n at least 2."""
+    n = len(features)
+    return 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
 
 
 def judge_images(pixels, prompts, reward, heldout):
@@ -42,8 +57,7 @@ def judge_images(pixels, prompts, reward, heldout):
         row |= {f"reward_{name}": r for name, r in parts.items()}
     for k, (name, scorer) in enumerate(heldout.items()):
         row[f"heldout_{name}" if k else "heldout"] = scorer(pixels, prompts)
-    features, n = features_of(pixels), len(pixels)
-    row["diversity"] = 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
+    row["diversity"] = diversity(features_of(pixels))
     return row
 
 
@@ -72,12 +86,37 @@ def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward,
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
+def resampled_means(per_prompt, n_resamples, rng):
+    """Means (n_resamples,) of bootstrap samples of values (P,)."""
+    index = rng.integers(len(per_prompt), size=(n_resamples, len(per_prompt)))
+    return per_prompt[index].mean(axis=1)
+
+
 def mean_with_interval(values, n_resamples=2000, seed=0):
     """Mean, and its 95% interval by bootstrap over prompts (the first axis)."""
     per_prompt = values.reshape(len(values), -1).double().mean(dim=1).numpy()
-    index = np.random.default_rng(seed).integers(len(per_prompt), size=(n_resamples, len(per_prompt)))
-    low, high = np.percentile(per_prompt[index].mean(axis=1), [2.5, 97.5])
+    low, high = np.percentile(resampled_means(per_prompt, n_resamples, np.random.default_rng(seed)), [2.5, 97.5])
     return float(per_prompt.mean()), [float(low), float(high)]
+
+
+def mean_over_categories(values, categories, n_resamples=2000, seed=0):
+    """Mean over categories of their means, and its 95% interval by bootstrap over the prompts within each category.
+
+    Args:
+        values (`torch.Tensor`, (P,) or (P, n)): by prompt, or by prompt and image.
+        categories: a list of P names.
+    """
+    per_prompt = values.reshape(len(values), -1).double().mean(dim=1).numpy()
+    names, rng = np.array(categories), np.random.default_rng(seed)
+    parts = [per_prompt[names == name] for name in sorted(set(categories))]
+    mean = np.mean([part.mean() for part in parts])
+    low, high = np.percentile(np.mean([resampled_means(p, n_resamples, rng) for p in parts], axis=0), [2.5, 97.5])
+    return float(mean), [float(low), float(high)]
+
+
+def wins(a, b):
+    """1 where `a` is greater than `b`, 0 where it is less, 1/2 for a tie: tensors of one shape."""
+    return (a > b).double() + (a == b).double() / 2
 
 
 def compare(before, after):

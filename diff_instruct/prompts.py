@@ -22,21 +22,22 @@ def find_files(path):
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"--train_prompts: no such file or folder: {path}")
+        raise ValueError(f"prompts: no such file or folder: {path}")
     files = sorted(f for f in path.iterdir() if f.suffix in FORMATS) if path.is_dir() else [path]
     kinds = sorted({f.suffix for f in files})
     if len(kinds) != 1 or kinds[0] not in FORMATS:
         found = ", ".join(kinds) or "nothing"
-        raise ValueError(f"--train_prompts: {path} must hold files of one of {', '.join(FORMATS)}, but holds {found}")
+        raise ValueError(f"prompts: {path} must hold files of one of {', '.join(FORMATS)}, but holds {found}")
     return [str(f) for f in files]
 
 
-def open_prompts(source, name=None, split="train", column=None, local=False, cache_dir=None):
-    """A streamed dataset with one column, `text`.
+def open_prompts(source, name=None, split="train", column=None, local=False, cache_dir=None, category=None):
+    """A streamed dataset with one column, `text`, or two, `text` and `category`.
 
     Args:
         source (`str`): a Hub id, or with `local` a file or folder.
         column (`str`, *optional*): the column with the prompts; may be left out if there is only one.
+        category (`str`, *optional*): the column with the prompts' categories.
 
     Raises:
         ValueError: if there are no rows, no such column, or several and none is named.
@@ -59,8 +60,11 @@ def open_prompts(source, name=None, split="train", column=None, local=False, cac
         column = next(iter(first))
     if column not in first:
         raise ValueError(f"{source} has no column `{column}`; set --caption_column to one of: {', '.join(first)}")
-    dataset = dataset.select_columns(column)
-    return dataset if column == "text" else dataset.rename_column(column, "text")
+    if category is not None and category not in first:
+        raise ValueError(f"{source} has no column `{category}`; set --category_column to one of: {', '.join(first)}")
+    names = {column: "text"} if category is None else {column: "text", category: "category"}
+    dataset = dataset.select_columns(list(names))
+    return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
 def split_heldout(dataset, n_heldout):

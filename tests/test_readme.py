@@ -1,26 +1,25 @@
 """The commands of README.md: every one parses, and the files that it names are there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import evaluate_one_step
 from diff_instruct.arguments import build_parser, parse_args
 from diff_instruct.configs import read_models
+from diff_instruct.contenders import Contender
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commands():
+def commands(script="train_diff_instruct_pp.py"):
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "pocket/README.md"))
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
-    return [
-        line.split("train_diff_instruct_pp.py", 1)[1]
-        for line in blocks.splitlines()
-        if "train_diff_instruct_pp.py" in line
-    ]
+    return [line.split(script, 1)[1] for line in blocks.splitlines() if script in line]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -30,6 +29,24 @@ def test_command_parses(command):
 
 def test_there_are_commands():
     assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize("command", commands("evaluate_one_step.py"))
+def test_evaluation_parses(command):
+    args = evaluate_one_step.build_parser().parse_args(shlex.split(command))
+    evaluate_one_step.check_args(args)
+    assert all(Contender.parse(entry) for entry in args.models)
+
+
+def test_the_evaluation_of_the_pocket_models_runs(tmp_path, monkeypatch):
+    """The README's own command, with two prompts and two images."""
+    (command,) = [c for c in commands("evaluate_one_step.py") if "pocket/" in c]
+    monkeypatch.chdir(ROOT)
+    short = f"{command} --num_prompts 2 --num_images 2 --output_dir {tmp_path}"
+    evaluate_one_step.main(evaluate_one_step.build_parser().parse_args(shlex.split(short)))
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(result["models"]) == ["reference", "generator"]
+    assert result["models"]["reference"]["seconds_per_image"] > result["models"]["generator"]["seconds_per_image"]
 
 
 def test_the_bare_command_uses_the_pocket_reference(tmp_path):

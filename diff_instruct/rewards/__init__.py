@@ -84,23 +84,29 @@ def check_reward(spec):
         )
 
 
-def check_rewards(args):
-    """Raises ValueError for the reward arguments that cannot work, before anything is loaded."""
-    trained = [parse_reward(entry)[0] for entry in args.reward]
-    heldout = args.heldout_reward or []
-    for spec in (*trained, *heldout):
+def check_scorers(specs, checkpoints):
+    """Raises ValueError for rewards that do not exist or have one name, or `--reward_checkpoint` entries without a
+    file, before anything is loaded."""
+    for spec in specs:
         check_reward(spec)
-    names = [short_name(spec) for spec in (*trained, *heldout)]
+    names = [short_name(spec) for spec in specs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"reward `{twice[0]}` is given twice; a held-out one must differ from those that are trained")
-    for name, path in parse_pairs("reward_checkpoint", args.reward_checkpoint).items():
+        raise ValueError(f"reward `{twice[0]}` is given twice; all that are trained, held out or reported must differ")
+    for name, path in parse_pairs("reward_checkpoint", checkpoints).items():
         if name not in REWARDS:
             raise ValueError(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(REWARDS)}")
         if not Path(path).exists():
             raise ValueError(f"--reward_checkpoint {name}={path}: no such file or folder")
+
+
+def check_rewards(args):
+    """Raises ValueError for the reward arguments that cannot work, before anything is loaded."""
+    trained = [parse_reward(entry)[0] for entry in args.reward]
+    heldout = args.heldout_reward or []
+    check_scorers([*trained, *heldout], args.reward_checkpoint)
     for name, cap in parse_pairs("reward_cap", args.reward_cap).items():
-        if name not in names[: len(trained)]:
+        if name not in map(short_name, trained):
             raise ValueError(f"--reward_cap: `{name}` is not in --reward")
         try:
             float(cap)
@@ -136,11 +142,20 @@ def load_mix(args, device):
     return Mix(rewards, {short_name(s): weight for s, weight in entries}, caps)
 
 
+def load_scorers(specs, checkpoints, cache_dir, device):
+    """A `dict` of scorers that only report, by name, in float32. Raises as `load_reward`.
+
+    Args:
+        specs: names, or `path/to/file.py:function`.
+        checkpoints: entries of `--reward_checkpoint`, or None.
+    """
+    paths = parse_pairs("reward_checkpoint", checkpoints)
+    return {short_name(s): load_reward(s, paths.get(s), cache_dir, False, device) for s in specs}
+
+
 def load_heldout(args, device):
-    """A `dict` of the scorers of `--heldout_reward`, by name, in float32; may be empty. Raises as `load_reward`."""
-    paths = parse_pairs("reward_checkpoint", args.reward_checkpoint)
-    specs = args.heldout_reward or []
-    return {short_name(s): load_reward(s, paths.get(s), args.cache_dir, False, device) for s in specs}
+    """The scorers of `--heldout_reward`, see `load_scorers`; may be empty."""
+    return load_scorers(args.heldout_reward or [], args.reward_checkpoint, args.cache_dir, device)
 
 
 def cut_prompts(reward, heldout):

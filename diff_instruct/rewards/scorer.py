@@ -10,10 +10,11 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer(torch.nn.Module):
-    """A frozen network that scores images: `scorer(pixels, prompts) -> (B,)` and `scorer.image_features(pixels)`.
+    """A frozen network that scores images.
 
-    It stays in eval mode, but gradients go through it to the pixels: (B, 3, H, W), nominally in [0, 1], any size.
-    Subclasses score in the unit in which the scorer's tables are published.
+    Subclasses have `forward(pixels, prompts) -> (B,)`, in the unit in which the scorer's tables are published, and
+    `image_features(pixels) -> (B, D)`, unit vectors that diversity is measured with. They stay in eval mode, but
+    gradients go through them to the pixels: (B, 3, H, W), nominally in [0, 1], any size.
 
     Args:
         name (`str`): as in `--reward`.
@@ -46,13 +47,9 @@ class Scorer(torch.nn.Module):
         if cut and not self.cut_prompts:
             logger.warning(
                 f"reward `{self.name}` reads {self.max_length} tokens: what a prompt says after that does not count. "
-                "How many prompts were cut is in training_summary.json."
+                "How many prompts were cut is in the summary at the end."
             )
         self.cut_prompts |= cut
         return self.tokenizer(
             prompts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
-
-    def image_features(self, pixels):
-        """Unit vectors (B, D) of pixels (B, 3, H, W), for the diversity of images."""
-        raise NotImplementedError
