@@ -22,7 +22,7 @@ from tests.tiny import PROMPTS
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Family to the folder of its tiny pipeline."""
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in PREPARE.items()}
+    return {name: prepare(tmp_path_factory.mktemp(name)) for name, prepare in PREPARE.items()}
 
 
 @pytest.fixture
@@ -35,12 +35,17 @@ def short_args(tiny_args, models):
     ]  # fmt: skip
 
 
+def make(command):
+    """The generator's pipeline, before training."""
+    args = parse_args(command)
+    found = read_models(args)
+    return load_generator(args, found, load_reference(args, found, torch.float32))
+
+
 @pytest.fixture
 def pipe(short_args):
     """PixArt's tiny generator with three steps."""
-    args = parse_args(short_args("pixart", "--generator_steps", 3))
-    found = read_models(args)
-    return load_generator(args, found, load_reference(args, found, torch.float32))
+    return make(short_args("pixart", "--generator_steps", 3))
 
 
 def draws(n, b=3, seed=0):
@@ -50,24 +55,56 @@ def draws(n, b=3, seed=0):
     return z, noise
 
 
+def both_images(shipped, family, prompts):
+    """What `__call__` gives, then the stock pipeline as the model card says, from the same torch generator."""
+    scope, how = {"pipe": shipped}, {"guidance_scale": 0.0, "height": 16, "width": 16}
+    exec(stock_call(STOCK[family].__name__, shipped, PROMPTS[0]), scope)
+    if family == "pixart":
+        how.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
+    how.update(num_inference_steps=len(shipped.timesteps), timesteps=shipped.timesteps)
+    for network, options in ((shipped, {}), (scope["stock"], how)):
+        rng = torch.Generator().manual_seed(0)
+        yield network(prompts, generator=rng, output_type="pt", **options).images
+
+
 @pytest.mark.parametrize(
     "family, options, timesteps",
     [
-        ("pixart", ["--generator_steps", 2], [400, 200]),
         ("pixart", ["--generator_steps", 4], [400, 300, 200, 100]),
         ("pixart", ["--timestep", 999, "--generator_steps", 4], [999, 749, 499, 249]),
-        ("sd", ["--generator_steps", 2, "--lora_rank", 2], [625, 312]),
+        ("sd", ["--generator_steps", 2], [625, 312]),
         ("sd", ["--timestep", 999, "--generator_steps", 4], [999, 749, 499, 249]),
         ("sd2", ["--timestep", 900, 700, 20], [900, 700, 20]),
         ("sdxl", ["--generator_steps", 4], [399, 299, 199, 99]),
     ],
 )
+def test_exported_and_stock_give_the_same_images(short_args, tmp_path, family, options, timesteps):
+    """For a batch of prompts with an empty one: max abs difference to `generate` ≤ 1e-5."""
+    pipe, prompts = make(short_args(family, *options)), [*PROMPTS[:2], ""]
+    z, noise = draws(len(timesteps))
+    with torch.no_grad():
+        latents = pipe.generate(pipe.denoiser, z, Conditioning(pipe.encode_prompt, "cpu")(prompts), noise)
+        expected = pipe.decode(latents).clamp(0, 1)
+    pipe.save_pretrained(tmp_path / "first")
+    shipped = DiffusionPipeline.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    shipped.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.config.timestep == again.timesteps == timesteps
+    for images in both_images(again, family, prompts):
+        torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    other = shipped(prompts, latents=z, generator=torch.Generator().manual_seed(9), output_type="pt").images
+    assert expected.std() > 0.03 and (other - expected).abs().max() > 1e-3  # the further noise matters
+
+
+@pytest.mark.parametrize(
+    "family, options, timesteps", [("pixart", [], [400, 200]), ("sd", ["--lora_rank", 2], [625, 312])]
+)
 def test_trained_exported_and_stock_give_the_same_images(
     short_args, tmp_path, monkeypatch, family, options, timesteps
 ):
-    """From the same torch generator, for a batch of prompts with an empty one: max abs difference ≤ 1e-5."""
+    """The same after training; and the model card says so."""
     seen, prompts = {}, [*PROMPTS[:2], ""]
-    z, noise = draws(len(timesteps))
+    z, noise = draws(2)
 
     def export(args, pipe, *rest):
         with torch.no_grad():
@@ -77,27 +114,14 @@ def test_trained_exported_and_stock_give_the_same_images(
 
     script_export = script.export
     monkeypatch.setattr(script, "export", export)
-    run(short_args(family, *options))
-    out = tmp_path / "out"
-    assert json.loads((out / "model_index.json").read_text())["timestep"] == timesteps
-    card = (out / "README.md").read_text()
-    assert f"at each of the timesteps {', '.join(map(str, timesteps))}" in card and "{%" not in card
-
-    shipped = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
-    shipped.save_pretrained(tmp_path / "again")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    scope, call = {"pipe": again}, stock_call(STOCK[family].__name__, again, PROMPTS[0])
-    assert call in card
-    exec(call, scope)
-    options = {"guidance_scale": 0.0, "height": 16, "width": 16}
-    if family == "pixart":
-        options.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
-    options.update(num_inference_steps=len(timesteps), timesteps=timesteps)
-    for network, how in ((shipped, {}), (again, {}), (scope["stock"], options)):
-        images = network(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **how).images
+    run(short_args(family, "--generator_steps", 2, *options))
+    shipped = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert shipped.timesteps == timesteps
+    for images in both_images(shipped, family, prompts):
         torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
-    other = shipped(prompts, latents=z, generator=torch.Generator().manual_seed(9), output_type="pt").images
-    assert (other - seen["trained"]).abs().max() > 1e-3  # the further noise matters
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"at each of the timesteps {timesteps[0]}, {timesteps[1]}," in card and "{%" not in card
+    assert stock_call(STOCK[family].__name__, shipped, PROMPTS[0]) in card
 
 
 def test_one_step_is_what_it_was(pipe):
@@ -213,21 +237,21 @@ def test_steps_of_an_exact_denoiser_approach_the_reference_s_law(pipe, timesteps
         assert abs(x.mean().item() - m) < 5 * (v / count) ** 0.5
         assert x.var().item() == pytest.approx(v, rel=5 * (2 / count) ** 0.5)
         distances.append(0.5 * (v / var + (m - mean) ** 2 / var - 1 - torch.tensor(v / var).log().item()))
-    assert all(later < 0.8 * d for d, later in zip(distances, distances[1:]))
+    assert all(later < 0.9 * d for d, later in zip(distances, distances[1:]))
 
 
-def test_continued_equals_never_stopped_and_brings_its_timesteps(tiny_args, tmp_path):
-    several = [*tiny_args, "--generator_steps", 2]
+def test_continued_equals_never_stopped_and_brings_its_timesteps(short_args, tmp_path):
+    several = short_args("pixart", "--generator_steps", 2, "--max_train_steps", 3, "--checkpointing_steps", 2)
     run([*several, "--output_dir", tmp_path / "whole"])
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     run([*several, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", checkpoint])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
     histories = [(tmp_path / name / "history.jsonl").read_text().splitlines() for name in ("whole", "out")]
-    assert histories[0][-3:] == histories[1][-3:]
+    assert histories[0][-1] == histories[1][-1] and '"step": 3' in histories[1][-1]
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "out")]
     assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"] != summaries[1]["heldout_before"]
 
-    start = [*map(str, tiny_args), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
+    start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
     for more in ([], ["--generator_steps", "2"], ["--timestep", "400", "200"]):
         assert read_models(parse_args([*start, *more])).timestep == [400, 200]
     for more in (["--generator_steps", "1"], ["--timestep", "400"], ["--timestep", "400", "100"]):
@@ -235,8 +259,8 @@ def test_continued_equals_never_stopped_and_brings_its_timesteps(tiny_args, tmp_
             read_models(parse_args([*start, *more]))
 
 
-def test_a_one_step_generator_can_go_on_with_more_steps(short_args, models, tmp_path):
-    run(short_args("pixart", "--timestep", 300, "--max_train_steps", 1))
+def test_a_one_step_generator_can_go_on_with_more_steps(short_args, tmp_path):
+    make(short_args("pixart", "--timestep", 300)).save_pretrained(tmp_path / "out")
     start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
     assert read_models(parse_args(start)).timestep == 300
     assert read_models(parse_args([*start, "--generator_steps", "3"])).timestep == [300, 200, 100]
