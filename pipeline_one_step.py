@@ -1,5 +1,7 @@
 """One-step text-to-image pipeline: one evaluation of a diffusion network at one fixed timestep t*.
 
+A generator that was trained for it takes a few such steps, one evaluation at each of several fixed timesteps.
+
 It runs three families: PixArt-α, Stable Diffusion (1.x and 2.x) and SDXL. This file travels with the weights, so it
 needs nothing but torch, diffusers and transformers:
 
@@ -124,7 +126,10 @@ class OneStepPipeline(DiffusionPipeline):
     r"""
     A one-step generator g_θ(z, c) = x̂0 of the network's output at (z, t*), with z ~ N(0, I) fed as x_{t*}.
 
-    The same weights also run in the stock pipeline of the family with one step at t* (see the model card). Every
+    With several timesteps t_1 > ... > t_n it takes n steps, as consistency models and DMD2 do: x0 at t_1 as above;
+    then x_{t_2} = α x0 + σ ε with fresh noise ε, and x̂0 of the output at (x_{t_2}, t_2) is the new x0; and so on.
+
+    The same weights also run in the stock pipeline of the family with these timesteps (see the model card). Every
     component must be given; those that the family does not have, and text encoders if embeddings will be given
     instead of prompts, are None.
 
@@ -134,11 +139,12 @@ class OneStepPipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`]): decodes latents to pixels.
         transformer ([`PixArtTransformer2DModel`]), unet ([`UNet2DConditionModel`]): the generator, one of the two.
         scheduler ([`DDPMScheduler`]): holds the noise schedule and the prediction type; it is not stepped here.
-        timestep (`int`): t*, the timestep at which the generator was trained.
+        timestep (`int` or `list[int]`): t*, the timestep at which the generator was trained; or n descending ones.
         max_sequence_length (`int`, defaults to 120): T5's prompts are cut to this number of tokens.
 
     Raises:
-        ValueError: if t* is missing or lies outside the schedule, or not just one network is given.
+        ValueError: if t* is missing or lies outside the schedule, several do not descend, or not just one network is
+            given.
     """
 
     _optional_components = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "unet"]
@@ -154,7 +160,7 @@ class OneStepPipeline(DiffusionPipeline):
         transformer: PixArtTransformer2DModel,
         unet: UNet2DConditionModel,
         scheduler: DDPMScheduler,
-        timestep: int = None,
+        timestep: int | list[int] = None,
         max_sequence_length: int = 120,
     ):
         super().__init__()
@@ -171,17 +177,16 @@ class OneStepPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(timestep=timestep, max_sequence_length=max_sequence_length)
-        steps = scheduler.config.num_train_timesteps
-        if timestep is None or not 0 <= timestep < steps:
-            raise ValueError(
-                f"OneStepPipeline needs the generator's timestep t* in 0..{steps - 1}, but got {timestep}"
-            )
+        last = scheduler.config.num_train_timesteps - 1
+        self.timesteps = list(timestep) if isinstance(timestep, (list, tuple)) else [timestep]
+        if not self.timesteps or not all(t is not None and 0 <= t <= last for t in self.timesteps):
+            raise ValueError(f"OneStepPipeline needs the generator's timestep t* in 0..{last}, but got {timestep}")
+        if any(later >= t for t, later in zip(self.timesteps, self.timesteps[1:])):
+            raise ValueError(f"the timesteps of OneStepPipeline must descend, but are {timestep}")
         if transformer is not None:
             self.family = PixArtAlpha
         else:
             self.family = StableDiffusionXL if unet.config.addition_embed_type == "text_time" else StableDiffusion
-        alphas_cumprod = scheduler.alphas_cumprod[timestep]
-        self.alpha, self.sigma = alphas_cumprod.sqrt().item(), (1 - alphas_cumprod).sqrt().item()
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -230,11 +235,44 @@ class OneStepPipeline(DiffusionPipeline):
         """
         return self.family.denoise(self, network, x_t.to(next(network.parameters()).dtype), t, c).float()
 
-    def generate(self, network, z, c):
-        """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this."""
-        t = torch.full((len(z),), self.config.timestep, dtype=torch.int64, device=z.device)
-        output = self.denoise(network, z, t, c)
-        return predict_x0(output, z, self.alpha, self.sigma, self.scheduler.config.prediction_type)
+    def alpha_sigma(self, t):
+        """α_t and σ_t, each (B, 1, 1, 1), of timesteps t (B,)."""
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def estimate(self, network, x_t, t, c):
+        """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
+        output = self.denoise(network, x_t, t, c)
+        return predict_x0(output, x_t, *self.alpha_sigma(t), self.scheduler.config.prediction_type)
+
+    def generate(self, network, z, c, noise=(), step=None):
+        """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this.
+
+        Of several steps only the one that gives a sample's x0 has a gradient.
+
+        Args:
+            network: as in `denoise`.
+            z (`torch.Tensor`, (B, C, H, W)): unit noise, x_t of the first timestep.
+            c (`dict`): conditioning from `encode_prompt`.
+            noise (`torch.Tensor`, (n − 1, B, C, H, W), or a list): unit noise ε of each further step; none if n = 1.
+            step (`torch.Tensor`, (B,), int64, *optional*): the step, in 0..n − 1, whose x0 each sample returns, for
+                training on all of them; the last one by default.
+
+        Raises:
+            ValueError: if there is not one `noise` for each further step.
+        """
+        further = len(self.timesteps) - 1
+        if len(noise) != further:
+            raise ValueError(f"the generator takes {further} further step(s), but has `noise` for {len(noise)}")
+        x_t, t = z, torch.full((len(z),), self.timesteps[0], dtype=torch.int64, device=z.device)
+        step = torch.full_like(t, further) if step is None else step
+        for i in range(1, len(self.timesteps)):  # a sample that has reached its step stays where it is
+            with torch.no_grad():
+                x0 = self.estimate(network, x_t, t, c)
+            t = torch.where(step >= i, self.timesteps[i], t)
+            alpha, sigma = self.alpha_sigma(t)
+            x_t = torch.where((step >= i).view(-1, 1, 1, 1), alpha * x0 + sigma * noise[i - 1], x_t)
+        return self.estimate(network, x_t, t, c)
 
     def decode(self, x0):
         """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
@@ -259,14 +297,15 @@ class OneStepPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ):
         r"""
-        Generate images in one network evaluation.
+        Generate images in one network evaluation, or one for each of the config's timesteps.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompts; or give `prompt_embeds` instead.
             height, width (`int`, *optional*): in pixels; default to the size that the generator was trained for.
             num_images_per_prompt (`int`, defaults to 1): images of one prompt follow one another.
             generator (`torch.Generator` or list of them, *optional*): makes the result deterministic.
-            latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it.
+            latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it. The noise
+                of further steps always comes from `generator`.
             prompt_embeds (`torch.Tensor`, (B, L, D), *optional*): encoded prompts, with
                 prompt_attention_mask ((B, L)) for PixArt-α, or pooled_prompt_embeds ((B, D)) for SDXL.
             output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
@@ -299,11 +338,13 @@ class OneStepPipeline(DiffusionPipeline):
         c = {k: v.to(device).repeat_interleave(num_images_per_prompt, dim=0) for k, v in c.items()}
         shape = (len(c["encoder_hidden_states"]), *shape)
 
+        random = {"generator": generator, "device": device, "dtype": self.denoiser.dtype}
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
+            latents = randn_tensor(shape, **random)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, but have {tuple(latents.shape)}")
-        x0 = self.generate(self.denoiser, latents.to(device), c)
+        noise = [randn_tensor(shape, **random) for _ in self.timesteps[1:]]
+        x0 = self.generate(self.denoiser, latents.to(device), c, noise)
 
         if output_type == "latent":
             images = x0

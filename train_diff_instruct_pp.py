@@ -114,9 +114,8 @@ def main(args):
     schedule = NoiseSchedule(pipe.scheduler, device)
     encode = Conditioning(pipe.encode_prompt, device)
     stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
-    sampler = Sampler(
-        stream, latent_shape, args.train_batch_size, args.seed, accelerator.process_index, processes, device
-    )
+    place = accelerator.process_index, processes, device
+    sampler = Sampler(stream, latent_shape, args.train_batch_size, args.seed, *place, steps=len(pipe.timesteps))
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
 
     save_trained_weights_only(accelerator)
@@ -135,13 +134,14 @@ def main(args):
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null_condition(stock, encode).items()}
 
     def sample():
-        """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)"""
-        prompts, z, eps, u = sampler()
-        return prompts, encode(prompts), z, schedule.timesteps(u, args.min_timestep, args.max_timestep), eps
+        """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I); beside z what the generator's further steps draw, if any"""
+        prompts, z, eps, u, *further = sampler()
+        t = schedule.timesteps(u, args.min_timestep, args.max_timestep)
+        return prompts, encode(prompts), (z, *further), t, eps
 
     def g(z, c):
-        """g_θ(z, c)"""
-        return pipe.generate(generator, z, c)
+        """g_θ(z, c); of several steps, x0 of the one that was drawn, with θ's gradient through that one alone"""
+        return pipe.generate(generator, z[0], c, *z[1:])
 
     def x0_ta(x_t, t, c):
         """x̂0 of s_ψ(x_t, t, c); not through DDP, which waits for gradients of ψ"""

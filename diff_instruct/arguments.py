@@ -14,6 +14,7 @@ from diff_instruct.presets import PRESETS
 from diff_instruct.rewards import REWARDS, check_rewards
 
 
+MAX_STEPS = 4  # of the generator; DMD2's and DIDR's best models use up to so many
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
 
 
@@ -47,9 +48,15 @@ def build_parser():
     g.add_argument(
         "--timestep",
         type=int,
+        nargs="+",
         help="t*, where the generator is evaluated; default: the generator's own; if it starts as the reference: "
-        "400 (PixArt-α), 625 (Stable Diffusion), 399 (SDXL)",
+        "400 (PixArt-α), 625 (Stable Diffusion), 399 (SDXL); or one for each step, descending",
     )
+    g.add_argument(
+        "--generator_steps", type=int,
+        help=f"n, evaluations for an image, at most {MAX_STEPS}; default: as many as --timestep or the generator's "
+        "config names, which is 1 if neither names several; from a single t* they are at t* (n − k)/n, k = 0..n − 1",
+    )  # fmt: skip
     g.add_argument("--resolution", type=int, help="pixels of an image's side; default: the reference's")
 
     g = parser.add_argument_group("prompts")
@@ -210,7 +217,8 @@ def parse_args(input_args=None):
 
 def trackable(args):
     """The arguments without the token, as trackers and the summary take them; a list as one would type it."""
-    text = {k: shlex.join(v) if isinstance(v, list) else v for k, v in vars(args).items() if k != "hub_token"}
+    shown = {k: v for k, v in vars(args).items() if k != "hub_token"}
+    text = {k: shlex.join(map(str, v)) if isinstance(v, list) else v for k, v in shown.items()}
     return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in text.items()}
 
 
@@ -241,6 +249,7 @@ def check_args(args):
     if not 0 <= args.min_timestep < args.max_timestep <= 1:
         raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
     check_tracker(args.report_to)
+    check_steps(args)
     check_rewards(args)
     for name in ("train_prompts", "eval_prompts"):
         path = getattr(args, name)
@@ -261,3 +270,18 @@ def check_tracker(name):
     if name in LoggerType.list():
         raise ValueError(f"--report_to {name}: its package is missing: pip install {name}")
     raise ValueError(f"--report_to {name}: take tensorboard, wandb, trackio, all or none")
+
+
+def check_steps(args):
+    """Raises ValueError, in one line, for --generator_steps and --timestep that cannot be, whatever the generator."""
+    if args.generator_steps is not None and not 1 <= args.generator_steps <= MAX_STEPS:
+        raise ValueError(f"--generator_steps must be 1 to {MAX_STEPS}, but is {args.generator_steps}")
+    if args.timestep is None:
+        return
+    n, named = len(args.timestep), " ".join(map(str, args.timestep))
+    if n > MAX_STEPS:
+        raise ValueError(f"--timestep {named} are {n} steps, but the generator takes at most {MAX_STEPS}")
+    if n > 1 and args.generator_steps not in (None, n):
+        raise ValueError(f"--timestep {named} are {n} steps, but --generator_steps is {args.generator_steps}")
+    if any(later >= t for t, later in zip(args.timestep, args.timestep[1:])):
+        raise ValueError(f"--timestep {named} must descend: the first step is the one with the most noise")

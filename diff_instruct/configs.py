@@ -26,19 +26,19 @@ WEIGHT_FILES = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Models:
-    """The reference's parts, as empty networks on the meta device, and the generator's t*.
+    """The reference's parts, as empty networks on the meta device, and where the generator is evaluated.
 
     Args:
         family: class of the stock pipeline.
         denoiser: name of its network, "transformer" or "unet".
         networks: name to network, without memory for its weights.
-        timestep: t*.
+        timestep: t*; or a list, if the generator takes several steps.
     """
 
     family: str
     denoiser: str
     networks: dict
-    timestep: int
+    timestep: int | list[int]
 
 
 def read_index(path, **where):
@@ -118,13 +118,30 @@ def read_models(args):
     if args.resolution is not None and (args.resolution < multiple or args.resolution % multiple):
         raise ValueError(f"--resolution {args.resolution} cannot be made: it must be a multiple of {multiple}")
 
-    timestep = default_timestep if args.timestep is None else args.timestep
+    trained_at = [default_timestep]
     if args.pretrained_generator_name_or_path is not None:
-        timestep = check_generator(args, denoiser, networks[denoiser])
+        trained_at = check_generator(args, denoiser, networks[denoiser])
+    timesteps = fixed_timesteps(args.timestep or trained_at, args.generator_steps)
     last = schedule.get("num_train_timesteps", 1000) - 1
-    if not 0 <= timestep <= last:
-        raise ValueError(f"--timestep {timestep} is outside the schedule of {path}: t* must be in 0..{last}")
-    return Models(family, denoiser, networks, timestep)
+    if not (0 <= timesteps[-1] and timesteps[0] <= last):
+        raise ValueError(f"--timestep {words(timesteps)} is outside the schedule of {path}: t* must be in 0..{last}")
+    if len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"--timestep {timesteps[0]} is too low for {len(timesteps)} steps: {words(timesteps)}")
+    return Models(family, denoiser, networks, timesteps if len(timesteps) > 1 else timesteps[0])
+
+
+def fixed_timesteps(named, n):
+    """The generator's timesteps, a list: those named; or, from only one, n of them, t* (n − k)/n for k = 0..n − 1.
+
+    So they are evenly spaced between t* and 0, and the first step is that of a one-step generator; with t* = 999 and
+    n = 4 they are DMD2's 999, 749, 499, 249.
+    """
+    return named if len(named) > 1 or n is None else [named[0] * (n - k) // n for k in range(n)]
+
+
+def words(timesteps):
+    """Timesteps as one types them."""
+    return " ".join(map(str, timesteps))
 
 
 def generator_source(args, denoiser):
@@ -155,10 +172,10 @@ def generator_source(args, denoiser):
 
 
 def check_generator(args, denoiser, reference):
-    """t* of the given generator, after comparing its shapes with those of the reference's network.
+    """The timesteps of the given generator, after comparing its shapes with those of the reference's network.
 
     Raises:
-        ValueError: if it does not fit, or nobody says its t*.
+        ValueError: if it does not fit, or nobody says its t*, or the arguments say another.
     """
     path = args.pretrained_generator_name_or_path
     kind, source = generator_source(args, denoiser)
@@ -187,9 +204,14 @@ def check_generator(args, denoiser, reference):
         )
     if trained_at is None and args.timestep is None:
         raise ValueError(f"{path} names no t*: give the timestep that it is evaluated at with --timestep")
-    if trained_at is not None and args.timestep not in (None, trained_at):
-        raise ValueError(f"--timestep {args.timestep} does not fit {path}, which was trained at t* = {trained_at}")
-    return args.timestep if trained_at is None else trained_at
+    if trained_at is None:
+        return args.timestep
+    trained_at = trained_at if isinstance(trained_at, list) else [trained_at]
+    asked = fixed_timesteps(args.timestep or trained_at, args.generator_steps)
+    if trained_at not in (asked, asked[:1]) or args.generator_steps not in (None, len(asked)):
+        own = words(trained_at)
+        raise ValueError(f"{path} was trained at t* = {own}: give the same --timestep and --generator_steps, or none")
+    return trained_at
 
 
 def weight_shapes(file):

@@ -74,7 +74,8 @@ class Contender:
         return Namespace(
             pretrained_model_name_or_path=self.base or self.path,
             pretrained_generator_name_or_path=self.path if self.base else None,
-            timestep=self.timestep,
+            timestep=None if self.timestep is None else [self.timestep],
+            generator_steps=None,
             variant=self.variant,
             revision=None,
             cache_dir=cache_dir,

@@ -19,6 +19,12 @@ def fixed_noise(shape, prompt_index, n, seed=1234):
     return noise_and_generators(shape, prompt_index, n, seed)[0]
 
 
+def further_noise(pipe, z, prompt_index):
+    """The noise of the generator's further steps, a list of n − 1 like z, for the images of one prompt; fixed, too."""
+    seeds = [1234 + 100_003 * i for i in range(1, len(pipe.timesteps))]  # not those of z, nor of another prompt
+    return [fixed_noise(z.shape[1:], prompt_index, len(z), seed).to(z.device) for seed in seeds]
+
+
 def pixel_features(pixels):
     """Unit vectors (B, D) of the pictures themselves, at 16×16 and without their mean: when no scorer has features."""
     small = F.interpolate(pixels, size=(16, 16), mode="area").flatten(1)
@@ -79,8 +85,8 @@ def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward,
     rows = []
     for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
         z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
-        pixels = pipe.decode(pipe.generate(pipe.denoiser, z, encode(c))).clamp(0, 1)
-        row = judge_images(pixels, c, reward, heldout)
+        x0 = pipe.generate(pipe.denoiser, z, encode(c), further_noise(pipe, z, i))
+        row = judge_images(pipe.decode(x0).clamp(0, 1), c, reward, heldout)
         rows.append((i, {key: value.tolist() for key, value in row.items()}))
     rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}

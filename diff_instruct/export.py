@@ -17,22 +17,28 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "model_card_template.md"
 # How an exported generator runs in the stock pipeline of its family.
 STOCK_CALLS = {
     "PixArtAlphaPipeline": """\
-from diffusers import PixArtAlphaPipeline
-stock = PixArtAlphaPipeline.from_pipe(pipe)
+from diffusers import LCMScheduler, PixArtAlphaPipeline
+stock = PixArtAlphaPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
 image = stock(
-    {prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=1.0, use_resolution_binning=False
+    {prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=1.0, use_resolution_binning=False
 ).images[0]""",
     "StableDiffusionPipeline": """\
 from diffusers import LCMScheduler, StableDiffusionPipeline
 parts = {{"scheduler": LCMScheduler.from_config(pipe.scheduler.config), "safety_checker": None}}
 stock = StableDiffusionPipeline.from_pipe(pipe, **parts, feature_extractor=None, image_encoder=None)
-image = stock({prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=0).images[0]""",
+image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
     "StableDiffusionXLPipeline": """\
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 stock = StableDiffusionXLPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
-image = stock({prompt}, num_inference_steps=1, timesteps=[{timestep}], guidance_scale=0).images[0]""",
+image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
 }
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def stock_call(family, pipe, prompt):
+    """The lines with which an exported generator runs in the stock pipeline of its family."""
+    words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
+    return STOCK_CALLS[family].format(**words)
 
 
 def base_license(base):
@@ -85,7 +91,7 @@ def write_card(args, pipe, summary, stock_class, prompt):
         pipeline_tag="text-to-image",
         license=license,
         base_model=base if on_hub else None,
-        tags=["text-to-image", "diffusers", "diff-instruct", "one-step"],
+        tags=["text-to-image", "diffusers", "diff-instruct", "few-step" if len(pipe.timesteps) > 1 else "one-step"],
     )
     card = ModelCard.from_template(
         data,
@@ -95,8 +101,8 @@ def write_card(args, pipe, summary, stock_class, prompt):
         base=base if on_hub else f"the local pipeline `{Path(base).name}`",
         method=method(args),
         citations="\n\n".join(bibtex(name) for name in dict.fromkeys(["Diff-Instruct++", method(args)])),
-        timestep=pipe.config.timestep,
-        stock_call=STOCK_CALLS[stock_class.__name__].format(prompt=json.dumps(prompt), timestep=pipe.config.timestep),
+        timesteps=pipe.timesteps,
+        stock_call=stock_call(stock_class.__name__, pipe, prompt),
         stock_class=stock_class.__name__,
         lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
         start=args.pretrained_generator_name_or_path or base,

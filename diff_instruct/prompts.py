@@ -139,16 +139,26 @@ class Sampler:
 
     So a run that is continued draws what it would have drawn, and two processes with batch b draw what one process
     with batch 2b draws.
+
+    Args:
+        prompts: a [`PromptStream`].
+        steps (`int`): n, those of the generator.
     """
 
-    def __init__(self, prompts, latent_shape, batch_size, seed, process_index=0, num_processes=1, device="cpu"):
+    def __init__(
+        self, prompts, latent_shape, batch_size, seed, process_index=0, num_processes=1, device="cpu", steps=1
+    ):
         self.prompts, self.latent_shape, self.batch_size, self.seed = prompts, latent_shape, batch_size, seed
         self.process_index, self.num_processes, self.device = process_index, num_processes, device
-        self.drawn = 0
+        self.steps, self.drawn = steps, 0
 
     def __call__(self):
-        """Prompts c, a list of B; noise z and ε, (B, C, H, W) each; u ~ U[0, 1), (B,), to draw timesteps with."""
-        prompts, noise, uniform = [], [], []
+        """Prompts c, a list of B; noise z and ε, (B, C, H, W) each; u ~ U[0, 1), (B,), to draw timesteps with.
+
+        And for `OneStepPipeline.generate`: the noise of further steps, (n − 1, B, C, H, W), and the step whose x0 is
+        taken, uniform on 0..n − 1, (B,).
+        """
+        prompts, noise, uniform, further, step = [], [], [], [], []
         for _ in range(self.batch_size):
             number = self.drawn * self.num_processes + self.process_index
             entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
@@ -156,9 +166,12 @@ class Sampler:
             prompts.append(next(self.prompts))
             noise.append(torch.randn(2, *self.latent_shape, generator=rng))
             uniform.append(torch.rand((), generator=rng))
+            further.append(torch.randn(self.steps - 1, *self.latent_shape, generator=rng))
+            step.append(torch.randint(self.steps, (), generator=rng))
             self.drawn += 1
         z, eps = torch.stack(noise, dim=1).to(self.device)
-        return prompts, z, eps, torch.stack(uniform)
+        further, step = torch.stack(further, dim=1).to(self.device), torch.stack(step).to(self.device)
+        return prompts, z, eps, torch.stack(uniform), further, step
 
     def state_dict(self):
         """Where the draws stand."""

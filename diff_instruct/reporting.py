@@ -10,6 +10,8 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from diff_instruct.evaluation import further_noise
+
 
 REFERENCE_STEPS = 25
 PANELS = {
@@ -82,11 +84,13 @@ def image_grid(columns, titles, prompts):
 
 @torch.no_grad()
 def draw(pipe, encode, prompts, noise):
-    """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W)."""
-    images = [
-        pipe.decode(pipe.generate(pipe.denoiser, z[None], encode([c]))).clamp(0, 1) for c, z in zip(prompts, noise)
+    """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W); further noise is fixed."""
+    further = further_noise(pipe, noise, 0)
+    x0 = [
+        pipe.generate(pipe.denoiser, z[None], encode([c]), [eps[i : i + 1] for eps in further])
+        for i, (c, z) in enumerate(zip(prompts, noise))
     ]
-    return torch.cat(images)
+    return torch.cat([pipe.decode(latents).clamp(0, 1) for latents in x0])
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ def launch(pocket, arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2], ["--divergence", "score", "--huber_c", 0.1]])
+@pytest.mark.parametrize(
+    "options", [[], ["--ta_lora_rank", 2], ["--divergence", "score", "--huber_c", 0.1], ["--generator_steps", 3]]
+)
 def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tiny_pocket, tmp_path, options):
     """The same weights and the same evaluation; and a checkpoint of two processes is continued by two."""
     prompts = tmp_path / "many.txt"

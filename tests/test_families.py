@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import train_diff_instruct_pp as script
 from diff_instruct.arguments import parse_args
 from diff_instruct.configs import read_models
-from diff_instruct.export import STOCK_CALLS
+from diff_instruct.export import stock_call
 from diff_instruct.lora import trainable
 from diff_instruct.models import load_generator, load_reference, null_condition
 from diff_instruct.prompts import Conditioning
@@ -67,7 +67,7 @@ def one_step(stock, timestep, **call):
 def stock_pipeline(family, pipe):
     """As the model card says; the call in its last line is run, too."""
     scope = {"pipe": pipe}
-    exec(STOCK_CALLS[STOCK[family].__name__].format(prompt='"a red apple"', timestep=T_STAR[family]), scope)
+    exec(stock_call(STOCK[family].__name__, pipe, "a red apple"), scope)
     assert scope["image"].size == (16, 16)
     return scope["stock"]
 

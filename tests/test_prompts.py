@@ -107,7 +107,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
 
     def draws(rank, world, batch):
         sampler = Sampler(PromptStream(numbered(tmp_path), 0, 50, rank, world), (1, 2, 2), batch, 5, rank, world)
-        prompts, z, eps, u = sampler()
+        prompts, z, eps, u, *_ = sampler()
         return {p: (z[i], eps[i], u[i]) for i, p in enumerate(prompts)}
 
     one, two = draws(0, 1, 8), {**draws(0, 2, 4), **draws(1, 2, 4)}
