@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.reward_oracle import PROMPTS, SIZES, bytes_of
-from benchmarks.reward_parity import BARS, differences, load_saved
+from benchmarks.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of
+from benchmarks.reward_ours import BARS, differences, load_saved
 
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / "tests" / "oracle"
 
 
-@pytest.mark.parametrize("case", ["image_reward_tiny", "hpsv2_tiny"])
+@pytest.mark.parametrize("case", [case for case in CONFIGS if case.endswith("tiny")])
 def test_scores_and_gradients_are_those_of_the_original_package(case):
     outputs = load_file(ORACLE / case / "outputs.safetensors")
     assert outputs["gradient"].abs().max() > 1e-3 and outputs["score"].std() > 1e-3  # there is something to compare

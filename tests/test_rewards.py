@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny
 from transformers import BertTokenizer, CLIPModel
 
 import train_diff_instruct_pp as script
-from benchmarks.reward_oracle import WORDS, random_state
-from benchmarks.reward_parity import tiny_image_reward
+from benchmarks.reward_inputs import WORDS, random_state
+from benchmarks.reward_ours import tiny_image_reward
 from diff_instruct.arguments import parse_args
 from diff_instruct.brakes import validations_since_best, warmed_up
 from diff_instruct.objectives import reward_gradient
