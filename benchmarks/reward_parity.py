@@ -6,9 +6,10 @@ weights in the published layout, scores and pixel gradients by the original code
 our code, the same pictures are scored and the differences printed; it ends with status 1 if one is above its bar.
 All cases together take about TIME on one core, 12 GB of memory and 5 GB in $TMPDIR; `--cases` names some.
 
-The bars hold for score and pixel gradient on the same picture, and for the score of PIL pictures of other sizes, in
-the package's unit. PIL rounds what it resized to 8 bits and we do not: that is all of the last difference. At the 28
-or 32 pixels of a tiny network it says nothing, so that its bar holds at 224 pixels only.
+The bars hold for score and pixel gradient on the same picture (1e-5), and for the score of PIL pictures of other sizes
+(2e-3; PickScore, which is about 100 cosines, 0.2), in the package's unit. PIL rounds what it resized to 8 bits and we
+do not: that is all of the last difference. At the 28 or 32 pixels of a tiny network it says nothing, so that its bar
+holds at 224 pixels only.
 
 `--save tests/oracle` keeps the outputs (not the weights, which are drawn again by name) for the default tests.
 """
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.reward_inputs import CONFIGS  # noqa: E402
-from benchmarks.reward_ours import BARS, differences, load  # noqa: E402
+from benchmarks.reward_ours import BAR, differences, load  # noqa: E402
 
 
 ORACLE = Path(__file__).with_name("reward_oracle.py")
@@ -54,6 +55,13 @@ def run_oracle(python, case, folder):
     subprocess.run([python, str(ORACLE), case, str(folder)], check=True, stderr=subprocess.DEVNULL)
 
 
+def passes(case, found):
+    """Are the differences that were found no larger than their bars?"""
+    same = max(found["score"], found["gradient"]) <= BAR
+    near = found["end_to_end"] <= (0.2 if case == "pickscore_full" else 2e-3)
+    return same and (near or CONFIGS[case]["image"] != 224)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", required=True, help="folder of the isolated environment")
@@ -77,8 +85,7 @@ def main():
             spread = outputs["end_to_end"].max() - outputs["end_to_end"].min()
             cells = [found["score"], found["gradient"], largest, found["end_to_end"], spread]
             print(f"| {case} | {' | '.join(f'{v:.1e}' for v in cells)} | {time.time() - start:.0f} |", flush=True)
-            compared = [k for k in BARS if k != "end_to_end" or CONFIGS[case]["image"] == 224]
-            good &= all(found[k] <= BARS[k] for k in compared)
+            good &= passes(case, found)
             if args.save and case.endswith("tiny"):
                 kept = Path(args.save) / case
                 kept.mkdir(parents=True, exist_ok=True)
