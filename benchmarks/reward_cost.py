@@ -1,7 +1,7 @@
 """What a reward costs on the CPU: `OMP_NUM_THREADS=1 python benchmarks/reward_cost.py`
 
 Each reward at its full size with random weights, one picture of 224 pixels: processor seconds for the score and its
-gradient in the pixels, the least of three after one to warm up, in float32 and bfloat16. With one thread these are
+gradient in the pixels, the lesser of two after one to warm up, in float32 and bfloat16. With one thread these are
 seconds on the clock of a core that does nothing else. One process for each reward and dtype, one after the other; the
 largest needs 8 GB of memory.
 """
@@ -59,7 +59,7 @@ def full_size(name, dtype):
 def measure(name, dtype):
     """(parameters, seconds) of a score with its gradient."""
     reward, pixels, seconds = full_size(name, DTYPES[dtype]), pictures(1, 224, 224).requires_grad_(), []
-    for _ in range(4):
+    for _ in range(3):
         start = time.process_time()
         torch.autograd.grad(reward(pixels, ["a red apple"]).sum(), pixels)
         seconds.append(time.process_time() - start)
