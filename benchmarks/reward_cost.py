@@ -3,7 +3,7 @@
 Each reward at its full size with random weights, one picture of 224 pixels: processor seconds for the score and its
 gradient in the pixels, the lesser of two after one to warm up, in float32 and bfloat16. With one thread these are
 seconds on the clock of a core that does nothing else. One process for each reward and dtype, one after the other; the
-largest needs 8 GB of memory.
+largest needs 8 GB of memory. `hpsv2` stands for `pickscore`, too, which has the same network.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP  # noqa: E402
 from diff_instruct.rewards.clip import ClipScore  # noqa: E402
 from diff_instruct.rewards.hpsv2 import HPSv2  # noqa: E402
 from diff_instruct.rewards.image_reward import ImageReward  # noqa: E402
-from diff_instruct.rewards.pickscore import PickScore  # noqa: E402
 
 
-NAMES = ["image_reward", "hpsv2", "pickscore", "clip", "aesthetic"]
+NAMES = ["image_reward", "hpsv2", "clip", "aesthetic"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,7 +50,7 @@ def full_size(name, dtype):
         if name == "aesthetic":
             reward = Aesthetic(model, LinearMLP(config.projection_dim))
         else:
-            reward = {"hpsv2": HPSv2, "pickscore": PickScore, "clip": ClipScore}[name](name, model, tokens(77))
+            reward = {"hpsv2": HPSv2, "clip": ClipScore}[name](name, model, tokens(77))
     torch.set_default_dtype(torch.float32)
     return reward
 
