@@ -4,7 +4,7 @@ Builds an isolated environment in FOLDER if there is none (it wants pip and a pa
 image-reward 1.5, hpsv2 1.2.0 and what they need, old transformers and timm. `reward_oracle.py` runs in it: random
 weights in the published layout, scores and pixel gradients by the original code. Here the same checkpoint is read with
 our code, the same pictures are scored and the differences printed; it ends with status 1 if one is above its bar.
-All cases together take about six minutes of a core, 12 GB of memory and 5 GB in $TMPDIR; `--cases` names some.
+All cases together take six and a half minutes of a core, 12 GB of memory and 5 GB in $TMPDIR; `--cases` names some.
 
 The bars hold for score and pixel gradient on the same picture (1e-5), and for the score of PIL pictures of other sizes
 (2e-3; PickScore, which is about 100 cosines, 0.2), in the package's unit. PIL rounds what it resized to 8 bits and we
