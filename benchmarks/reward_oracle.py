@@ -1,68 +1,24 @@
 """The original packages' side of `reward_parity.py`: runs in the isolated environment that it builds, not in ours.
 
 `python reward_oracle.py CASE FOLDER` builds the network of the original package, gives it random weights by seed,
-saves them in the published layout as FOLDER/checkpoint.pt, and writes FOLDER/outputs.safetensors: `score` (B,) and
-`gradient` (B, 3, H, W), of the sum of the scores in the pixels, on pictures of the network's own size; `end_to_end`
-(P,), the scores of PIL pictures of other sizes; `input_ids` and `attention_mask` (B, L), and the same for the PIL
-pictures with `pil_` before it.
+saves them in FOLDER as the published checkpoint is laid out, their names and shapes in FOLDER/shapes.json, and writes
+FOLDER/outputs.safetensors: `score` (B,) and `gradient` (B, 3, H, W), of the sum of the scores in the pixels, on
+pictures of the network's own size; `end_to_end` (P,), the scores of PIL pictures of other sizes; `input_ids` and
+`attention_mask` (B, L) if it reads prompts, and the same for the PIL pictures with `pil_` before it.
 
-Needs nothing of this repository: `random_state` and `pictures` are imported by the other side, too.
+One function for each package. It takes the network's size and FOLDER, and returns the parameters' names and shapes,
+the score of (pixels, tokens), the tokens of prompts, and the preprocessing of PIL pictures.
 """
 
 import json
 import sys
 import types
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
-
-PROMPTS = ["a red apple", "a painting of an ocean with clouds and birds , day time , low depth field effect"]
-SIZES = [(224, 224), (300, 300), (260, 400), (512, 320)]  # of the PIL pictures, (height, width)
-
-# image size, patch, width, layers, heads; text: width, layers, heads, vocabulary
-CONFIGS = {
-    "image_reward_tiny": {"image": 32, "patch": 16, "vision": (48, 2, 4), "text": (32, 2, 4)},
-    "image_reward_full": {"image": 224, "patch": 16, "vision": (1024, 24, 16), "text": (768, 12, 12)},
-    "hpsv2_tiny": {"image": 28, "patch": 14, "vision": (32, 2, 2), "text": (24, 2, 2)},
-}
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] , a an red apple painting of ocean with clouds and birds day time low depth field"
-)
-
-
-def random_state(shapes):
-    """A tensor for each name, drawn by the name, of a size that keeps activations near 1.
-
-    Args:
-        shapes (`dict`): name to shape.
-    """
-    state = {}
-    for name, shape in shapes.items():
-        draw = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        if name == "logit_scale":
-            state[name] = torch.tensor(4.6)
-        elif len(shape) > 1 and max(shape[1:]) > 1:
-            state[name] = draw / torch.tensor(shape[1:]).prod().item() ** 0.5
-        else:
-            state[name] = 0.1 * draw + (1.0 if name.endswith("weight") else 0.0)
-    return state
-
-
-def pictures(n, height, width, seed=0):
-    """n pictures (n, 3, height, width) in [0, 1]: coarse blots with fine noise on them."""
-    rng = torch.Generator().manual_seed(seed)
-    coarse = torch.nn.functional.interpolate(
-        torch.rand(n, 3, 6, 6, generator=rng), size=(height, width), mode="bilinear"
-    )
-    return (0.8 * coarse + 0.2 * torch.rand(n, 3, height, width, generator=rng)).clamp(0, 1)
-
-
-def bytes_of(height, width):
-    """One picture as bytes (height, width, 3), as a file has them."""
-    return (pictures(1, height, width, seed=height + width)[0] * 255).round().byte().permute(1, 2, 0)
+import torch.nn.functional as F
+from reward_inputs import CONFIGS, PROMPTS, SIZES, WORDS, bytes_of, pictures, random_state, reward_of
 
 
 def without_init(name):
@@ -73,14 +29,29 @@ def without_init(name):
 
 
 def load_random(model):
-    """Random weights into the parameters; returns the whole state, in the published layout."""
+    """Random weights into the parameters, which need no gradient; returns their names and shapes."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.load_state_dict(random_state(shapes), strict=False)
-    return model.eval().state_dict()
+    model.eval().requires_grad_(False)
+    return shapes
+
+
+def save_clip_tokenizer(folder):
+    """CLIP's tokenizer, which all of them use, as on the Hub: vocab.json and merges.txt."""
+    from clip.clip import _tokenizer
+
+    (folder / "vocab.json").write_text(json.dumps(_tokenizer.encoder))
+    merges = sorted(_tokenizer.bpe_ranks, key=_tokenizer.bpe_ranks.get)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+
+
+def masked(ids):
+    """Tokens of ids (B, 77) that are filled up with zeros."""
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 def image_reward(size, folder):
-    """(state, score of (pixels, tokens), tokens of prompts, preprocessing of PIL pictures) of `image-reward`."""
+    """`image-reward`."""
     without_init("ImageReward")
     from ImageReward import ImageReward as package
     from ImageReward.models.BLIP import blip_pretrain
@@ -105,7 +76,8 @@ def image_reward(size, folder):
     original_mlp = package.MLP
     package.MLP = lambda _: original_mlp(width)
     model = package.ImageReward(folder / "med_config.json")
-    state = load_random(model)
+    shapes = load_random(model)
+    torch.save(model.state_dict(), folder / "checkpoint.pt")
 
     def tokens(prompts):
         return model.blip.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
@@ -113,11 +85,11 @@ def image_reward(size, folder):
     def score(pixels, t):
         return model.score_gard(t["input_ids"], t["attention_mask"], pixels).squeeze(-1)
 
-    return state, score, tokens, package._transform(size["image"])
+    return shapes, score, tokens, package._transform(size["image"])
 
 
 def hpsv2(size, folder):
-    """(state, score of (pixels, tokens), tokens of prompts, preprocessing of PIL pictures) of `hpsv2`'s open_clip."""
+    """`hpsv2`'s open_clip."""
     bpe = Path(find_spec("clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"  # which hpsv2 1.2.0 forgot
     target = Path(find_spec("hpsv2").origin).parent / "src" / "open_clip" / bpe.name
     if not target.is_file():
@@ -125,20 +97,17 @@ def hpsv2(size, folder):
     without_init("hpsv2")
     from hpsv2.src.open_clip import transform
     from hpsv2.src.open_clip.model import CLIP
-    from hpsv2.src.open_clip.tokenizer import _tokenizer, tokenize
+    from hpsv2.src.open_clip.tokenizer import tokenize
 
     # It resizes tensors: with antialiasing from torchvision 0.17 on; the one that imports here has to be told.
     resize = transform.F.resize
     transform.F.resize = lambda *args: resize(*args, antialias=True)
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # in the published tokenizer
-    (folder / "vocab.json").write_text(json.dumps({names.get(k, k): v for k, v in _tokenizer.encoder.items()}))
-    merges = sorted(_tokenizer.bpe_ranks, key=_tokenizer.bpe_ranks.get)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    save_clip_tokenizer(folder)
 
     width, layers, heads = size["vision"]
     text_width, text_layers, text_heads = size["text"]
     model = CLIP(
-        embed_dim=16,
+        embed_dim=size["project"],
         vision_cfg={
             "image_size": size["image"], "patch_size": size["patch"], "width": width, "layers": layers,
             "head_width": width // heads,
@@ -148,17 +117,111 @@ def hpsv2(size, folder):
         },
         output_dict=True,
     )  # fmt: skip
-    state = load_random(model)
-
-    def tokens(prompts):
-        ids = tokenize(prompts)
-        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    shapes = load_random(model)
+    torch.save({"state_dict": model.state_dict()}, folder / "checkpoint.pt")
 
     def score(pixels, t):
         output = model(pixels, t["input_ids"])
         return (output["image_features"] * output["text_features"]).sum(dim=-1)
 
-    return state, score, tokens, transform.image_transform(size["image"], is_train=False, resize_longest_max=True)
+    preprocess = transform.image_transform(size["image"], is_train=False, resize_longest_max=True)
+    return shapes, score, lambda prompts: masked(tokenize(prompts)), preprocess
+
+
+def clip_model(size, activation):
+    """transformers' CLIPModel of this size; published configurations say eos 2, which stands for the largest id."""
+    from transformers import CLIPConfig, CLIPModel
+
+    def tower(width, layers, heads):
+        return {
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "hidden_act": activation, "projection_dim": size["project"],
+        }  # fmt: skip
+
+    vision = {**tower(*size["vision"]), "image_size": size["image"], "patch_size": size["patch"]}
+    text = {**tower(*size["text"]), "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size["project"])).eval()
+
+
+def pickscore(size, folder):
+    """transformers' CLIPModel, used as on PickScore's model card."""
+    from transformers import CLIPImageProcessor, CLIPTokenizer
+
+    save_clip_tokenizer(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    model = clip_model(size, "gelu")
+    shapes = load_random(model)
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": size["image"]}, crop_size=size["image"])
+
+    def tokens(prompts):
+        return tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+
+    def score(pixels, t):
+        image = F.normalize(model.get_image_features(pixels), dim=-1)
+        text = F.normalize(model.get_text_features(**t), dim=-1)
+        return model.logit_scale.exp() * (image * text).sum(dim=-1)
+
+    return shapes, score, tokens, lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+def openai_clip(size, folder, module):
+    """(a score class of `image-reward`'s `module` with random weights, their names and shapes); its CLIP is OpenAI's.
+
+    The class would load ViT-L/14 by itself. The published CLIP is what transformers' converter made of OpenAI's.
+    """
+    without_init("ImageReward")
+    from importlib import import_module
+
+    import clip
+    from transformers.models.clip import convert_clip_original_pytorch_to_hf as converter
+
+    (width, layers, _), (text_width, text_layers, text_heads) = size["vision"], size["text"]
+    network = clip.model.CLIP(
+        size["project"], size["image"], layers, width, size["patch"], 77, 49408, text_width, text_heads, text_layers
+    )
+    clip.load = lambda *_, **__: (network, clip.clip._transform(size["image"]))
+    package = import_module(f"ImageReward.models.{module}")
+    if module == "AestheticScore":
+        original_mlp = package.MLP
+        package.MLP = lambda _: original_mlp(size["project"])
+    model = getattr(package, module)(download_root=None)
+    shapes = load_random(model)
+
+    save_clip_tokenizer(folder)
+    published = clip_model(size, "quick_gelu")
+    with torch.no_grad():
+        converter.copy_text_model_and_projection(published, network)
+        converter.copy_vison_model_and_projection(published, network)
+        published.logit_scale.copy_(network.logit_scale)
+        for p in published.parameters():  # the copies are views
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+    published.save_pretrained(folder)
+    return model, shapes
+
+
+def clip(size, folder):
+    """`image-reward`'s CLIPScore: the cosine, with OpenAI's CLIP."""
+    from clip import tokenize
+
+    model, shapes = openai_clip(size, folder, "CLIPScore")
+
+    def score(pixels, t):
+        text = F.normalize(model.clip_model.encode_text(t["input_ids"]))
+        return (text * F.normalize(model.clip_model.encode_image(pixels))).sum(dim=1)
+
+    return shapes, score, lambda prompts: masked(tokenize(prompts, truncate=True)), model.preprocess
+
+
+def aesthetic(size, folder):
+    """`image-reward`'s AestheticScore."""
+    model, shapes = openai_clip(size, folder, "AestheticScore")
+    torch.save(model.mlp.state_dict(), folder / "aesthetic-model.pth")
+
+    def score(pixels, _):
+        return model.mlp(F.normalize(model.clip_model.encode_image(pixels))).squeeze(-1)
+
+    return shapes, score, lambda prompts: {}, model.preprocess
 
 
 def main():
@@ -168,10 +231,9 @@ def main():
     case, folder = sys.argv[1], Path(sys.argv[2])
     torch.manual_seed(0)
     size = CONFIGS[case]
-    build = image_reward if case.startswith("image_reward") else hpsv2
-    state, score, tokens, preprocess = build(size, folder)
-    torch.save({"state_dict": state} if build is hpsv2 else state, folder / "checkpoint.pt")
-    (folder / "shapes.json").write_text(json.dumps({k: list(v.shape) for k, v in state.items()}, indent=0))
+    build = {f.__name__: f for f in (image_reward, hpsv2, pickscore, clip, aesthetic)}[reward_of(case)]
+    shapes, score, tokens, preprocess = build(size, folder)
+    (folder / "shapes.json").write_text(json.dumps({k: list(v) for k, v in shapes.items()}, indent=0))
 
     n = 1 if size["image"] == 224 else 2
     t = tokens(PROMPTS[-n:])
@@ -186,9 +248,9 @@ def main():
     with torch.no_grad():
         end_to_end = torch.cat([score(preprocess(image)[None], pil_tokens) for image in images])
     outputs = {"score": r.detach(), "gradient": gradient, "end_to_end": end_to_end}
-    ids = {**{k: t[k] for k in ("input_ids", "attention_mask")}, "pil_input_ids": pil_tokens["input_ids"]}
-    ids["pil_attention_mask"] = pil_tokens["attention_mask"]
-    save_file({k: v.contiguous() for k, v in {**outputs, **ids}.items()}, folder / "outputs.safetensors")
+    for prefix, ids in (("", t), ("pil_", pil_tokens)):
+        outputs |= {prefix + k: ids[k] for k in ("input_ids", "attention_mask") if ids}
+    save_file({k: v.contiguous() for k, v in outputs.items()}, folder / "outputs.safetensors")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.reward_oracle import PROMPTS, SIZES, bytes_of
-from benchmarks.reward_parity import BARS, differences, load_saved
+from benchmarks.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of
+from benchmarks.reward_ours import BAR, differences, load_saved
 
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / "tests" / "oracle"
 
 
-@pytest.mark.parametrize("case", ["image_reward_tiny", "hpsv2_tiny"])
+@pytest.mark.parametrize("case", [case for case in CONFIGS if case.endswith("tiny")])
 def test_scores_and_gradients_are_those_of_the_original_package(case):
     outputs = load_file(ORACLE / case / "outputs.safetensors")
     assert outputs["gradient"].abs().max() > 1e-3 and outputs["score"].std() > 1e-3  # there is something to compare
     found = differences(case, load_saved(case, ORACLE / case), outputs)
-    assert found["score"] <= BARS["score"] and found["gradient"] <= BARS["gradient"]
+    assert max(found["score"], found["gradient"]) <= BAR
 
 
 def test_another_number_of_heads_is_noticed():
@@ -36,24 +36,29 @@ def test_another_number_of_heads_is_noticed():
         layer.attention.self.num_attention_heads *= 2
         layer.attention.self.attention_head_size //= 2
     found = differences("image_reward_tiny", reward, load_file(ORACLE / "image_reward_tiny" / "outputs.safetensors"))
-    assert found["score"] > 100 * BARS["score"]
+    assert found["score"] > 100 * BAR
 
 
-def test_pictures_of_other_sizes_differ_by_pil_s_rounding_only():
+@pytest.mark.parametrize(
+    "name, unit, near",
+    [("image_reward", 1, 1e-2), ("pickscore", 1, 0.2), ("clip", 100, 1e-2), ("aesthetic", 1, 1e-2)],
+)
+def test_pictures_of_other_sizes_differ_by_pil_s_rounding_only(name, unit, near):
     """Resized by PIL itself they score the same; resized by us, near it: PIL rounds to 8 bits."""
-    outputs = load_file(ORACLE / "image_reward_tiny" / "outputs.safetensors")
-    reward = load_saved("image_reward_tiny", ORACLE / "image_reward_tiny")
+    case = f"{name}_tiny"
+    outputs, reward = load_file(ORACLE / case / "outputs.safetensors"), load_saved(case, ORACLE / case)
     for (height, width), expected in zip(SIZES, outputs["end_to_end"]):
-        size = [int(32 * side / min(height, width)) for side in (width, height)]
+        size = [int(CONFIGS[case]["image"] * side / min(height, width)) for side in (width, height)]
         picture = np.array(Image.fromarray(bytes_of(height, width).numpy()).resize(size, Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
-        assert abs(reward(pixels, [PROMPTS[-1]]) - expected) <= BARS["score"]
+        assert abs(reward(pixels, [PROMPTS[-1]]) / unit - expected) <= BAR
         whole = bytes_of(height, width).permute(2, 0, 1)[None] / 255
-        assert abs(reward(whole, [PROMPTS[-1]]) - expected) <= 1e-2
+        assert abs(reward(whole, [PROMPTS[-1]]) / unit - expected) <= near
 
 
 @pytest.mark.oracle
-def test_against_the_original_packages():
+@pytest.mark.parametrize("case", CONFIGS)
+def test_against_the_original_packages(case):
     environment = os.environ.get("REWARD_ORACLE_ENV", str(ROOT / ".oracle"))
     command = [sys.executable, str(ROOT / "benchmarks" / "reward_parity.py"), "--environment", environment]
-    assert subprocess.run(command).returncode == 0
+    assert subprocess.run([*command, "--cases", case]).returncode == 0

@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny
 from transformers import BertTokenizer, CLIPModel
 
 import train_diff_instruct_pp as script
-from benchmarks.reward_oracle import WORDS, random_state
-from benchmarks.reward_parity import tiny_image_reward
+from benchmarks.reward_inputs import WORDS, random_state
+from benchmarks.reward_ours import tiny_image_reward
 from diff_instruct.arguments import parse_args
 from diff_instruct.brakes import validations_since_best, warmed_up
 from diff_instruct.objectives import reward_gradient
@@ -26,12 +26,18 @@ from tests.tiny import PROMPTS, tiny_tokenizer
 
 
 NAMES = ["image_reward", "hpsv2", "pickscore", "clip", "aesthetic", "pocket"]
+EVERY = [*NAMES, "function", "mix"]
+WARMTH = """
+def warmth(pixels, prompts):
+    return pixels[:, 0].mean(dim=(1, 2)) - pixels.square().mean(dim=(1, 2, 3))
+"""
 
 
 @pytest.fixture(scope="module")
 def make(tiny_pocket, tmp_path_factory):
     """name to a fresh reward of that name, with tiny networks."""
     folder = tmp_path_factory.mktemp("bert")
+    (folder / "mine.py").write_text(WARMTH)
     (folder / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
 
     def build(name):
@@ -39,6 +45,11 @@ def make(tiny_pocket, tmp_path_factory):
         if name == "image_reward":
             shapes = json.loads((ORACLE / "image_reward_tiny" / "shapes.json").read_text())
             return tiny_image_reward(random_state(shapes), BertTokenizer.from_pretrained(folder))
+        if name == "function":
+            return FunctionReward(f"{folder / 'mine.py'}:warmth")
+        if name == "mix":
+            parts = {part: build(part) for part in ("clip", "function", "aesthetic")}
+            return Mix(parts, {"clip": 0.1, "function": -2.0, "aesthetic": 1.0}, {"aesthetic": -100.0})
         if name == "pocket":
             return PocketReward.from_pretrained(name, tiny_pocket / "scorer")
         clip = CLIPModel.from_pretrained(tiny_pocket / "scorer")
@@ -53,7 +64,7 @@ def pictures(n, height=16, width=16):
     return 0.2 + 0.6 * torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_is_right(make, name):
     """Against finite differences, in float64, through the resize."""
     reward = make(name).double()
@@ -61,7 +72,7 @@ def test_gradient_is_right(make, name):
     assert torch.autograd.gradcheck(lambda p: reward(p, ["a red apple"]), x, eps=1e-5, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_saturated_pixels_keep_their_gradient(make, name):
     reward = make(name)
     x = torch.full((1, 3, 16, 16), 1.02, requires_grad=True)
@@ -71,7 +82,7 @@ def test_saturated_pixels_keep_their_gradient(make, name):
     torch.testing.assert_close(r, reward(torch.ones(1, 3, 16, 16), ["a red apple"]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("height, width", [(16, 16), (40, 20), (20, 40), (8, 8)])
 def test_any_size(make, name, height, width):
     x = pictures(2, height, width).requires_grad_()
@@ -81,7 +92,7 @@ def test_any_size(make, name, height, width):
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_does_not_depend_on_the_micro_batch(make, name):
     """Prompts of different lengths: padding must not matter, either."""
     x0, reward = pictures(5), make(name)
@@ -91,7 +102,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(make, name):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_bf16_on_the_cpu(make, name):
     reward, x = make(name), pictures(2).requires_grad_()
     exact = reward(x, PROMPTS[:2]).detach()

@@ -29,7 +29,7 @@ class LinearMLP(torch.nn.Module):
         """With these tensors, in float32. Raises ValueError, which names `source`, if one is missing or misshapen."""
         mlp = cls(size)
         check_state(mlp.state_dict(), state, source)
-        mlp.load_state_dict(state)
+        mlp.load_state_dict({k: state[k] for k in mlp.state_dict()})
         return mlp
 
     def forward(self, x):

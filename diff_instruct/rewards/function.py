@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from diff_instruct.rewards.pixels import clamp, full_precision
+
 
 def load_function(spec):
     """The callable that `path/to/file.py:function` names.
@@ -33,12 +35,14 @@ class FunctionReward(torch.nn.Module):
         self.spec, self.function = spec, load_function(spec)
 
     def forward(self, pixels, prompts):
-        """Scores (B,), in float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
+        """Scores (B,), in full precision, of pixels (B, 3, H, W) for B prompts.
+
+        The function gets them in [0, 1]; pixels outside keep their gradient.
 
         Raises:
             ValueError: for an output of another shape, without gradient where one is needed, or with NaN or infinity.
         """
-        r, shape = self.function(pixels, prompts), (len(pixels),)
+        r, shape = self.function(clamp(pixels), prompts), (len(pixels),)
         wanted = f"it must return a tensor of shape {shape}, one score for each image"
         if not isinstance(r, torch.Tensor) or tuple(r.shape) != shape:
             got = f"shape {tuple(r.shape)}" if isinstance(r, torch.Tensor) else type(r).__name__
@@ -50,7 +54,7 @@ class FunctionReward(torch.nn.Module):
             )
         if not torch.isfinite(r).all():
             raise ValueError(f"reward `{self.spec}` returned NaN or infinity; {wanted}, and finite")
-        return r.float()
+        return full_precision(r)
 
     def check(self, device, trained):
         """Tries it on two random pictures; if it is trained on, with the gradient.

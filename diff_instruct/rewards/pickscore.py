@@ -1,16 +1,21 @@
 """PickScore (Kirstain et al., arXiv 2305.01569)."""
 
+from functools import partial
+
 from transformers import CLIPTokenizer
 
 from diff_instruct.rewards.checkpoint import clip_network, load_tokenizer
 from diff_instruct.rewards.clip import ClipScorer
-from diff_instruct.rewards.pixels import full_precision
+from diff_instruct.rewards.pixels import centre_square, full_precision
 
 
 class PickScore(ClipScorer):
     """exp(logit_scale) · cosine, with a CLIP ViT-H/14 that was trained on people's choices; 20 to 23 is usual."""
 
     REPO, TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __init__(self, name, model, tokenizer):
+        super().__init__(name, model, tokenizer, square=partial(centre_square, floor=True))
 
     @classmethod
     def from_pretrained(cls, path=None, cache_dir=None):

@@ -25,17 +25,18 @@ def resize(pixels, height, width):
     return F.interpolate(full_precision(pixels), size=(height, width), mode="bicubic", antialias=True)
 
 
-def centre_square(pixels, size):
+def centre_square(pixels, size, floor=False):
     """Shorter side to `size`, the middle of the longer one: (B, 3, H, W) to (B, 3, size, size) in [0, 1].
 
-    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them.
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them; with `floor`, offsets are rounded
+    down, as by transformers' CLIPImageProcessor.
     """
     height, width = pixels.shape[-2:]
     short, long = min(height, width), max(height, width)
     long = int(size * long / short)
     height, width = (long, size) if height > width else (size, long)
     pixels = clamp(resize(clamp(pixels), height, width))  # bicubic overshoots; 8-bit pictures cannot
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = ((side - size) // 2 if floor else round((side - size) / 2) for side in (height, width))
     return pixels[:, :, top : top + size, left : left + size]
 
 
