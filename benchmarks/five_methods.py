@@ -5,7 +5,6 @@ DI, SIM, DI++, DI* and DIDR from one pretrained generator with the same number o
 (1, 0) and (4.5, 10) of `five_settings.py`, and are taken from the work directory if they are there.
 """
 
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,6 @@ METHODS = {
     "sim": "--preset sim",
     "cfg4.5-rew10": "--preset di++",
     "distar": "--preset di*",
-    "distar-rew200": "--preset di* --reward_scale 200",
     "didr": "--preset didr",
 }
 LABELS = {
@@ -25,12 +23,9 @@ LABELS = {
     "sim": "SIM",
     "cfg4.5-rew10": "DI++",
     "distar": "DI*",
-    "distar-rew200": "DI*, α_rew 200",
     "didr": "DIDR",
 }
-PAIRS = [(name, "before") for name in METHODS] + [
-    (name, "cfg4.5-rew10") for name in ("distar", "distar-rew200", "didr")
-]
+PAIRS = [(name, "before") for name in METHODS] + [(name, "cfg4.5-rew10") for name in ("distar", "didr")]
 
 
 def scatter(scores, file):
@@ -51,13 +46,8 @@ def scatter(scores, file):
 
 
 def main():
-    started, out = time.time(), Path(__file__).with_suffix("")
-    args = runs.parser(__doc__).parse_args()
-    runs.train(METHODS, args)
-    scores, _, _ = runs.judge_all(METHODS, args)
-    tables = [runs.markdown(scores, LABELS), runs.paired(scores, PAIRS, LABELS), runs.provenance(args, started)]
-    Path(f"{out}.md").write_text("\n\n".join(tables) + "\n")
-    print("\n\n".join(tables))
+    out = Path(__file__).with_suffix("")
+    scores, _, _, _ = runs.tables(METHODS, PAIRS, LABELS, f"{out}.md", __doc__)
     scatter(scores, f"{out}.png")
 
 

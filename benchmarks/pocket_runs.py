@@ -145,14 +145,14 @@ class Judge:
         """How a one-step pipeline draws."""
         return lambda prompts, z: pipe(prompts, latents=z, output_type="pt").images
 
-    def reference(self, steps):
+    def reference(self, steps, guidance=GUIDANCE):
         """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
         stock, decode = self.stock, self.before.decode
         if steps == 1:  # PixArt-α's own sampler has no single step
             stock = type(stock).from_pipe(
                 stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
             )
-        return lambda prompts, z: draw_reference(stock, decode, prompts, z, GUIDANCE, steps)
+        return lambda prompts, z: draw_reference(stock, decode, prompts, z, guidance, steps)
 
 
 def judge_all(settings, args):
@@ -161,6 +161,7 @@ def judge_all(settings, args):
     scores = {
         "reference, 1 step": [judge("reference-1", judge.reference(1))],
         "reference, 25 steps": [judge("reference-25", judge.reference(25))],
+        "reference, 25 steps, guidance 2": [judge("reference-25-2", judge.reference(25, 2.0))],
         "before": [judge("before", judge.one_step(judge.before))],
     }
     for name in settings:
@@ -172,6 +173,17 @@ def judge_all(settings, args):
     pictures = {name: rows[0]["pictures"] for name, rows in scores.items()}
     stacked = {name: {k: torch.stack([row[k] for row in rows]) for k in METRICS} for name, rows in scores.items()}
     return stacked, pictures, judge.shown
+
+
+def tables(settings, pairs, labels, file, description):
+    """Train, judge, and write and print the tables. Returns scores, pictures, their prompts, arguments."""
+    started, args = time.time(), parser(description).parse_args()
+    train(settings, args)
+    scores, pictures, prompts = judge_all(settings, args)
+    text = "\n\n".join([markdown(scores, labels), paired(scores, pairs, labels), provenance(args, started)])
+    Path(file).write_text(text + "\n")
+    print(text)
+    return scores, pictures, prompts, args
 
 
 def over_prompts(values):
