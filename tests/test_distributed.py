@@ -25,7 +25,13 @@ def launch(pocket, arguments):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--ta_lora_rank", 2], ["--divergence", "score", "--huber_c", 0.1], ["--generator_steps", 3]]
+    "options",
+    [
+        [],
+        ["--ta_lora_rank", 2],
+        ["--divergence", "score", "--huber_c", 0.1],
+        ["--generator_steps", 3, "--preset", "didr"],
+    ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tiny_pocket, tmp_path, options):
     """The same weights and the same evaluation; and a checkpoint of two processes is continued by two."""

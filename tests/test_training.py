@@ -128,7 +128,10 @@ def test_only_generator_and_ta_are_trained(tiny_args, monkeypatch, options):
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
-@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2], ["--gradient_accumulation_steps", 2, "--ta_steps", 2]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--ta_lora_rank", 2], ["--gradient_accumulation_steps", 2, "--ta_steps", 2], ["--preset", "didr"]],
+)
 def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatch, options):
     """Pretrain 2 and align 4 steps; killed in step 4, after checkpoint-2 (between the stages) was written."""
     options = [*tiny_args, "--pretrain_steps", 2, *options]
