@@ -3,7 +3,7 @@
 A preset sets what makes the method: divergence, where the reward acts, what is switched off. These follow the papers'
 formulas. Of the numbers, only α_cfg and α_rew of `di++` are a paper's, and the ones that `di` and `sim` switch off.
 SIM's, DI*'s and DIDR's own α_rew, α_cfg, c, k and w(t) are not known to us: there a number is the script's default
-(α_rew 10, α_cfg 4.5, `--huber_c` 0.01, `--weighting dmd`) or a guess of ours, and is to be tuned.
+(α_cfg 4.5, `--huber_c` 0.01, `--weighting dmd`) or our choice by the norms of the terms, and is to be tuned.
 """
 
 PRESETS = {
@@ -24,6 +24,7 @@ PRESETS = {
         "score_distance": "pseudo_huber",
         "score_guidance": "inside",
         "reward_mode": "clean",
+        "reward_scale": 200.0,  # ours: on the pocket reference the reward then pulls as the divergence does (README)
     },
     # Diff-Instruct with Diffused Reward, arXiv 2605.24001.
     "didr": {
