@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
@@ -180,7 +181,13 @@ def tables(settings, pairs, labels, file, description):
     started, args = time.time(), parser(description).parse_args()
     train(settings, args)
     scores, pictures, prompts = judge_all(settings, args)
-    text = "\n\n".join([markdown(scores, labels), paired(scores, pairs, labels), provenance(args, started)])
+    parts = (
+        means(scores, labels),
+        paired(scores, pairs, labels),
+        spreads(scores, labels),
+        provenance(settings, args, started),
+    )
+    text = "\n\n".join(parts)
     Path(file).write_text(text + "\n")
     print(text)
     return scores, pictures, prompts, args
@@ -191,30 +198,42 @@ def over_prompts(values):
     return values.double().mean(dim=0)
 
 
-def markdown(scores, labels):
-    """Rows of figures with 95% intervals over prompts, and the least and greatest of the seeds in brackets."""
-    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for name, values in scores.items():
-        cells = []
-        for key in METRICS:
-            mean, (low, high) = mean_with_interval(over_prompts(values[key]))
-            seeds = values[key].flatten(1).mean(dim=1)
-            spread = f" ({seeds.min():.3f} to {seeds.max():.3f})" if len(seeds) > 1 else ""
-            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]{spread}")
-        lines.append(f"| {labels.get(name, name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(first, rows):
+    """Markdown: a column for each metric; rows of (name, function from a metric to its cell)."""
+    lines = [f"| {first} | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(map(cell, METRICS)) + " |" for name, cell in rows])
+
+
+def means(scores, labels):
+    """Means with their 95% intervals over prompts."""
+
+    def cell(values, key):
+        mean, (low, high) = mean_with_interval(over_prompts(values[key]))
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+    return table("mean", [(labels.get(name, name), partial(cell, values)) for name, values in scores.items()])
+
+
+def spreads(scores, labels):
+    """The least and the greatest mean among the seeds of training."""
+
+    def cell(values, key):
+        seeds = values[key].flatten(1).mean(dim=1)
+        return f"{seeds.min():.3f} to {seeds.max():.3f}"
+
+    trained = {name: values for name, values in scores.items() if len(values["reward"]) > 1}
+    return table("seeds", [(labels.get(name, name), partial(cell, values)) for name, values in trained.items()])
 
 
 def paired(scores, pairs, labels):
-    """Rows of paired differences: the same prompts, noise and seeds of training."""
-    lines = ["| difference | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for better, than in pairs:
-        cells = []
-        for key in METRICS:
-            mean, (low, high) = mean_with_interval(over_prompts(scores[better][key]) - over_prompts(scores[than][key]))
-            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {labels.get(better, better)} − {labels.get(than, than)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Paired differences: the same prompts, noise and seeds of training."""
+
+    def cell(one, other, key):
+        mean, (low, high) = mean_with_interval(over_prompts(one[key]) - over_prompts(other[key]))
+        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    rows = [(f"{labels.get(a, a)} − {labels.get(b, b)}", partial(cell, scores[a], scores[b])) for a, b in pairs]
+    return table("difference", rows)
 
 
 def curves(settings, args, labels, file):
@@ -243,11 +262,16 @@ def curves(settings, args, labels, file):
     plt.close(figure)
 
 
-def provenance(args, started):
+def provenance(settings, args, started):
     """The line under a table: command, steps, date, commit, time."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    summaries = [
+        json.loads(f.read_text()) for name in settings for f in Path(args.work_dir).glob(f"{name}-[0-9]/*summary.json")
+    ]
+    minutes = sum(s["seconds"] for s in summaries) / 60
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return (
         f"`{command}`, {time.strftime('%Y-%m-%d')}, commit {commit.strip()}; {args.max_train_steps} steps, "
-        f"{args.seeds} seeds, torch {torch.__version__}; {(time.time() - started) / 60:.0f} minutes of this call."
+        f"{args.seeds} seeds, torch {torch.__version__}. {(time.time() - started) / 60:.0f} minutes; training alone "
+        f"{minutes:.0f} minutes of one core, all runs together."
     )
