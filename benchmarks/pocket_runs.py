@@ -38,7 +38,7 @@ from diff_instruct.models import load_generator, load_reference  # noqa: E402
 from diff_instruct.optimization import usable_cores  # noqa: E402
 from diff_instruct.reporting import draw_reference  # noqa: E402
 from diff_instruct.rewards import load_heldout, load_mix  # noqa: E402
-from pocket.build import retrieved  # noqa: E402
+from pocket.build import caption_features, retrieved  # noqa: E402
 
 
 N_IMAGES, GUIDANCE = 4, 4.5
@@ -121,7 +121,7 @@ class Judge:
         self.before = load_generator(args, models, self.stock)
         self.reward, self.heldout = load_mix(args, "cpu"), load_heldout(args, "cpu")
         self.known, rest, self.new = split_prompts()
-        self.captions = {"names": [*self.known, *rest, *self.new]}
+        self.text = caption_features(self.heldout["pocket_heldout"], [*self.known, *rest, *self.new])
         self.shown = [*self.known[::13], *self.new[:3]]
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Judge:
                 c = [prompt] * N_IMAGES
                 pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
                 row = judge_images(pixels, c, self.reward, self.heldout)
-                hits = retrieved(self.heldout["pocket_heldout"], pixels, c, self.captions, seed=i)
+                hits = retrieved(self.heldout["pocket_heldout"], pixels, c, self.text, seed=i)
                 rows.append({**row, "retrieval": torch.tensor(hits).float()})
             both = {k: torch.stack([row[k] for row in rows]).split(len(self.known)) for k in rows[0]}
             scores = {**{k: v[0] for k, v in both.items()}, **{f"{k}_new": v[1] for k, v in both.items()}}

@@ -280,20 +280,25 @@ def build_generator(work_dir):
 
 
 @torch.no_grad()
-def retrieved(scorer, images, prompts, captions, n=100, seed=0):
-    """For each image, whether the scorer ranks its own caption first among n captions."""
+def caption_features(scorer, captions):
+    """The scorer's text features, by caption."""
+    return dict(zip(captions, scorer.text_features(captions)))
+
+
+@torch.no_grad()
+def retrieved(scorer, images, prompts, text, n=100, seed=0):
+    """For each image, whether the scorer ranks its own caption first among n of `caption_features`."""
     rng, hits = random.Random(seed), []
-    text = dict(zip(captions["names"], scorer.text_features(captions["names"])))
     for feature, prompt in zip(scorer.image_features(images), prompts):
-        others = rng.sample([c for c in captions["names"] if c != prompt], n - 1)
+        others = rng.sample([c for c in text if c != prompt], n - 1)
         scores = torch.stack([text[c] for c in [prompt, *others]]) @ feature
         hits.append(scores.argmax().item() == 0)
     return hits
 
 
-def retrieval_rate(*args, **options):
-    """The share of the images that are `retrieved`."""
-    hits = retrieved(*args, **options)
+def retrieval_rate(scorer, images, prompts, captions, **options):
+    """The share of the images that are `retrieved` among `captions["names"]`."""
+    hits = retrieved(scorer, images, prompts, caption_features(scorer, captions["names"]), **options)
     return sum(hits) / len(hits)
 
 
