@@ -3,12 +3,14 @@
 (α_cfg, α_rew) = (1, 0), (1, 1), (4.5, 0), (4.5, 1), (4.5, 10), from one pretrained generator, three seeds each; and
 the reference in 1 and in 25 steps. (2, 0) and (2, 10) are not the paper's: they tell what guidance does to this
 reference, which draws best with about 2 itself. Writes `five_settings.md` (tables), `five_settings.png` (curves) and
-`five_settings_grid.png` beside this file. Diff-Instruct++, arXiv 2410.18881, section 5.
+`five_settings_grid.jpg` beside this file. Diff-Instruct++, arXiv 2410.18881, section 5.
 """
 
 from pathlib import Path
 
 import pocket_runs as runs
+
+from diff_instruct.reporting import image_grid
 
 
 SETTINGS = {
@@ -30,7 +32,7 @@ def main():
     _, pictures, prompts, args = runs.tables(SETTINGS, PAIRS, LABELS, f"{out}.md", __doc__)
     runs.curves(SETTINGS, args, LABELS, f"{out}.png")
     titles = [LABELS.get(name, name) for name in pictures]
-    runs.image_grid(list(pictures.values()), titles, prompts).save(f"{out}_grid.png")
+    image_grid(list(pictures.values()), titles, prompts).save(f"{out}_grid.jpg", quality=85)
 
 
 if __name__ == "__main__":
