@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers.utils.constants import HF_MODULES_CACHE
+from filelock import FileLock
 
 from diff_instruct.configs import FAMILIES, WEIGHT_FILES, empty_network, read_index, read_models
 from diff_instruct.models import load_generator, load_reference
@@ -140,9 +142,13 @@ def load(contender, models, resolution, cache_dir, dtype, device):
         models: what `check` returned.
     """
     if models is None:
-        pipe = DiffusionPipeline.from_pretrained(
-            contender.path, variant=contender.variant, cache_dir=cache_dir, dtype=dtype, trust_remote_code=True
-        )
+        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+        with FileLock(
+            Path(HF_MODULES_CACHE) / "one_step.lock"
+        ):  # diffusers copies the code there while others read it
+            pipe = DiffusionPipeline.from_pretrained(
+                contender.path, variant=contender.variant, cache_dir=cache_dir, dtype=dtype, trust_remote_code=True
+            )
         return one_step(pipe.to(device), resolution)
     args = contender.arguments(resolution, cache_dir)
     stock = load_reference(args, models, dtype)

@@ -21,7 +21,7 @@ def launch(pocket, arguments):
     command += [str(Path(__file__).with_name("launch_tiny.py")), str(pocket), *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
