@@ -29,7 +29,8 @@ PAIRS = [
 
 def main():
     out = Path(__file__).with_suffix("")
-    _, pictures, prompts, args = runs.tables(SETTINGS, PAIRS, LABELS, f"{out}.md", __doc__)
+    args = runs.parser(__doc__).parse_args()
+    _, pictures, prompts = runs.tables(SETTINGS, PAIRS, LABELS, f"{out}.md", args)
     runs.curves(SETTINGS, args, LABELS, f"{out}.png")
     titles = [LABELS.get(name, name).removeprefix("reference, ") for name in pictures]
     image_grid(list(pictures.values()), titles, prompts).save(f"{out}_grid.jpg", quality=85)

@@ -142,10 +142,6 @@ class Judge:
             save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
         return load_file(file)
 
-    def one_step(self, pipe):
-        """How a one-step pipeline draws."""
-        return lambda prompts, z: pipe(prompts, latents=z, output_type="pt").images
-
     def reference(self, steps, guidance=GUIDANCE):
         """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
         stock, decode = self.stock, self.before.decode
@@ -156,6 +152,11 @@ class Judge:
         return lambda prompts, z: draw_reference(stock, decode, prompts, z, guidance, steps)
 
 
+def one_step(pipe):
+    """How a one-step pipeline draws: pixels (B, 3, H, W) in [0, 1] of B prompts from noise z."""
+    return lambda prompts, z: pipe(prompts, latents=z, output_type="pt").images
+
+
 def judge_all(settings, args):
     """Scores by name, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
     judge = Judge(args.work_dir)
@@ -163,34 +164,34 @@ def judge_all(settings, args):
         "reference, 1 step": [judge("reference-1", judge.reference(1))],
         "reference, 25 steps": [judge("reference-25", judge.reference(25))],
         "reference, 25 steps, guidance 2": [judge("reference-25-2", judge.reference(25, 2.0))],
-        "before": [judge("before", judge.one_step(judge.before))],
+        "before": [judge("before", one_step(judge.before))],
     }
     for name in settings:
         scores[name] = []
         for seed in range(args.seeds):
             folder = Path(args.work_dir) / f"{name}-{seed}"
             pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
-            scores[name].append(judge(f"scores-{name}-{seed}", judge.one_step(pipe)))
+            scores[name].append(judge(f"scores-{name}-{seed}", one_step(pipe)))
     pictures = {name: rows[0]["pictures"] for name, rows in scores.items()}
     stacked = {name: {k: torch.stack([row[k] for row in rows]) for k in METRICS} for name, rows in scores.items()}
     return stacked, pictures, judge.shown
 
 
-def tables(settings, pairs, labels, file, description):
-    """Train, judge, and write and print the tables. Returns scores, pictures, their prompts, arguments."""
-    started, args = time.time(), parser(description).parse_args()
+def tables(settings, pairs, labels, file, args):
+    """Train, judge, and write and print the tables. Returns scores, pictures and their prompts."""
+    started = time.time()
     train(settings, args)
     scores, pictures, prompts = judge_all(settings, args)
     parts = (
         means(scores, labels),
         paired(scores, pairs, labels),
-        spreads(scores, labels),
+        *([spreads(scores, labels)] if args.seeds > 1 else []),
         provenance(settings, args, started),
     )
     text = "\n\n".join(parts)
     Path(file).write_text(text + "\n")
     print(text)
-    return scores, pictures, prompts, args
+    return scores, pictures, prompts
 
 
 def over_prompts(values):
