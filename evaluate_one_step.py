@@ -24,11 +24,11 @@ from diff_instruct.benchmark import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_pro
 from diff_instruct.contenders import EXAMPLE, Contender, check, load
 from diff_instruct.evaluation import diversity, first_features, noise_and_generators
 from diff_instruct.meter import Meter
-from diff_instruct.optimization import usable_cores
 from diff_instruct.reporting import image_grid
 from diff_instruct.rewards import REWARDS, check_scorers, load_scorers, parse_pairs
 from diff_instruct.rewards.scorer import Scorer
 from diff_instruct.scoreboard import markdown, report
+from diff_instruct.threads import use_cores
 
 
 THUMBNAIL = 256
@@ -165,8 +165,8 @@ def main(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     device = accelerator.device
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
-        torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
+    if device.type == "cpu":
+        use_cores(accelerator.num_processes)
     prompts = load_prompt_set(args)
     folder = Path(args.output_dir)
     try:

@@ -38,13 +38,14 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer, usable_cores
+from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
 from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
 from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
 from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.schedule import NoiseSchedule
 from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
+from diff_instruct.threads import use_cores
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
@@ -64,8 +65,8 @@ def main(args):
     device, processes = accelerator.device, accelerator.num_processes
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if device.type == "cpu":  # accelerate launch gives one thread unless it is told otherwise
-        torch.set_num_threads(max(1, usable_cores() // processes))
+    if device.type == "cpu":
+        use_cores(processes)
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.

@@ -35,9 +35,9 @@ from diff_instruct.arguments import parse_args  # noqa: E402
 from diff_instruct.configs import read_models  # noqa: E402
 from diff_instruct.evaluation import fixed_noise, judge_images, mean_with_interval  # noqa: E402
 from diff_instruct.models import load_generator, load_reference  # noqa: E402
-from diff_instruct.optimization import usable_cores  # noqa: E402
 from diff_instruct.reporting import draw_reference  # noqa: E402
 from diff_instruct.rewards import load_heldout, load_mix  # noqa: E402
+from diff_instruct.threads import usable_cores  # noqa: E402
 from pocket.build import caption_features, retrieved  # noqa: E402
 
 

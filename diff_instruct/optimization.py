@@ -1,6 +1,5 @@
 """Optimizers, learning rates, the generator's average, and what happens when a gradient is not finite."""
 
-import os
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +10,6 @@ from diff_instruct.lora import trainable
 
 
 MAX_NONFINITE_STEPS = 3
-
-
-def usable_cores():
-    """CPU cores that this process may use: those that it is pinned to, where the system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def check_accelerations(args, device):
