@@ -19,16 +19,18 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diff_instruct.batches import Batches, fingerprint, remember, write_whole
-from diff_instruct.benchmark import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_prompt_set, spread
-from diff_instruct.contenders import EXAMPLE, Contender, check, load
-from diff_instruct.evaluation import diversity, first_features, noise_and_generators
-from diff_instruct.meter import Meter
-from diff_instruct.reporting import image_grid
-from diff_instruct.rewards import REWARDS, check_scorers, load_scorers, parse_pairs
-from diff_instruct.rewards.scorer import Scorer
-from diff_instruct.scoreboard import markdown, report
-from diff_instruct.threads import use_cores
+from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, load
+from diff_instruct.evaluation.cost import Meter
+from diff_instruct.evaluation.judge import diversity, first_features
+from diff_instruct.evaluation.noise import noise_and_generators
+from diff_instruct.evaluation.pictures import image_grid
+from diff_instruct.evaluation.prompt_sets import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_prompt_set, spread
+from diff_instruct.evaluation.report import markdown, report
+from diff_instruct.evaluation.store import Batches, fingerprint, remember, write_whole
+from diff_instruct.rewards.base import Scorer
+from diff_instruct.rewards.loading import REWARDS, check_scorers, load_scorers
+from diff_instruct.rewards.specs import parse_pairs
+from diff_instruct.training.environment import use_cores
 
 
 THUMBNAIL = 256

@@ -19,15 +19,18 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diff_instruct.arguments import parse_args, trackable
-from diff_instruct.brakes import validations_since_best, warmed_up
-from diff_instruct.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, save_trained_weights_only
-from diff_instruct.configs import read_models
-from diff_instruct.evaluation import compare, diversity_features, evaluate, fixed_noise
-from diff_instruct.export import export, figure_names
-from diff_instruct.lora import checkpoint_block, trainable
-from diff_instruct.memory import plan, table
-from diff_instruct.models import load_generator, load_reference, null_condition
+from diff_instruct.evaluation.judge import diversity_features, evaluate
+from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw, draw_reference, image_grid
+from diff_instruct.evaluation.statistics import compare
+from diff_instruct.export.card import figure_names
+from diff_instruct.export.export import export
+from diff_instruct.models.loading import load_generator, load_reference, null_condition
+from diff_instruct.models.lora import checkpoint_block, trainable
+from diff_instruct.models.memory_plan import plan, table
+from diff_instruct.models.schedule import NoiseSchedule
+from diff_instruct.models.sources import read_models
+from diff_instruct.models.teaching_assistant import frozen, make_teaching_assistant, reference_mode
 from diff_instruct.objectives import (
     denoise,
     denoising_loss,
@@ -38,14 +41,23 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.optimization import Stepper, averaged, check_accelerations, ema_decay, make_optimizer
-from diff_instruct.prompts import Conditioning, PromptStream, Sampler, load_prompts
-from diff_instruct.reporting import REFERENCE_STEPS, History, draw, draw_reference, image_grid, log_images
-from diff_instruct.rewards import cut_prompts, load_heldout, load_mix
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.prompts.files import load_prompts
+from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
-from diff_instruct.schedule import NoiseSchedule
-from diff_instruct.teaching_assistant import frozen, make_teaching_assistant, reference_mode
-from diff_instruct.threads import use_cores
+from diff_instruct.rewards.loading import cut_prompts, load_heldout, load_mix
+from diff_instruct.training.arguments import parse_args, trackable
+from diff_instruct.training.brakes import validations_since_best, warmed_up
+from diff_instruct.training.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_trained_weights_only,
+)
+from diff_instruct.training.ema import averaged, ema_decay
+from diff_instruct.training.environment import check_accelerations, use_cores
+from diff_instruct.training.history import History, log_images
+from diff_instruct.training.optimizer import Stepper, make_optimizer
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")

@@ -8,7 +8,6 @@ training script.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,14 +16,13 @@ import diffusers
 import torch
 import transformers
 
+import train_diff_instruct_pp as script
+from diff_instruct.models.memory_plan import GIB, plan
+from diff_instruct.models.sources import read_models
+from diff_instruct.training.arguments import parse_args
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_diff_instruct_pp as script  # noqa: E402
-from diff_instruct.arguments import parse_args  # noqa: E402
-from diff_instruct.configs import read_models  # noqa: E402
-from diff_instruct.memory import GIB, plan  # noqa: E402
 
 
 ARCHITECTURES = {

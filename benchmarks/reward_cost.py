@@ -10,20 +10,16 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import BlipTextModel, BlipVisionModel, CLIPModel
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.reward_inputs import pictures  # noqa: E402
-from benchmarks.reward_ours import GivenTokens, blip_configs, clip_config  # noqa: E402
-from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP  # noqa: E402
-from diff_instruct.rewards.clip import ClipScore  # noqa: E402
-from diff_instruct.rewards.hpsv2 import HPSv2  # noqa: E402
-from diff_instruct.rewards.image_reward import ImageReward  # noqa: E402
+from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
+from diff_instruct.rewards.clip import ClipScore
+from diff_instruct.rewards.hpsv2 import HPSv2
+from diff_instruct.rewards.image_reward import ImageReward
+from tests.parity.reward_inputs import pictures
+from tests.parity.reward_ours import GivenTokens, blip_configs, clip_config
 
 
 NAMES = ["image_reward", "hpsv2", "clip", "aesthetic"]

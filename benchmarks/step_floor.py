@@ -9,21 +9,16 @@ backward), and both optimizers' steps.
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_diff_instruct_pp as script  # noqa: E402
-from diff_instruct.arguments import parse_args  # noqa: E402
-from diff_instruct.configs import read_models  # noqa: E402
-from diff_instruct.models import load_generator, load_reference  # noqa: E402
-from diff_instruct.rewards import load_mix  # noqa: E402
-from diff_instruct.teaching_assistant import make_teaching_assistant  # noqa: E402
+import train_diff_instruct_pp as script
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import read_models
+from diff_instruct.models.teaching_assistant import make_teaching_assistant
+from diff_instruct.rewards.loading import load_mix
+from diff_instruct.training.arguments import parse_args
 
 
 def bare_iterations(args, n):

@@ -26,9 +26,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from diff_instruct.checkpoints import list_checkpoints
-from diff_instruct.rewards import load_reward
+from diff_instruct.rewards.loading import load_reward
 from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.training.checkpoints import list_checkpoints
 from pocket import data
 from pocket.fit import fit
 

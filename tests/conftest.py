@@ -7,7 +7,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from diff_instruct import rewards  # noqa: E402
+from diff_instruct.rewards import loading as rewards
 from tests.tiny import PROMPTS, tiny_pixart, tiny_scorer  # noqa: E402
 
 

@@ -3,14 +3,11 @@
 import sys
 from pathlib import Path
 
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch  # noqa: E402
-
-from diff_instruct import rewards  # noqa: E402
-from diff_instruct.arguments import parse_args  # noqa: E402
-from train_diff_instruct_pp import main  # noqa: E402
+from diff_instruct.rewards import loading as rewards
+from diff_instruct.training.arguments import parse_args
+from train_diff_instruct_pp import main
 
 
 if __name__ == "__main__":

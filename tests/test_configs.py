@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diff_instruct.arguments import parse_args
-from diff_instruct.configs import read_models
-from diff_instruct.lora import add_lora, trainable
-from diff_instruct.memory import plan, table
+from diff_instruct.models.lora import add_lora, trainable
+from diff_instruct.models.memory_plan import plan, table
+from diff_instruct.models.sources import read_models
+from diff_instruct.training.arguments import parse_args
 from tests.tiny import tiny_sd
 from train_diff_instruct_pp import main
 
@@ -82,7 +82,7 @@ def test_incomplete_references(tiny_args, tmp_path, change, message):
     ],
 )  # fmt: skip
 def test_mistakes_in_one_line(tiny_args, tmp_path, monkeypatch, options, message):
-    import diff_instruct.optimization as optimization
+    import diff_instruct.training.environment as optimization
 
     monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)  # on this machine it may be there
     folder = tiny_sd(tmp_path / "model")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diff_instruct.arguments import parse_args
+from diff_instruct.training.arguments import parse_args
 from tests.test_training import weights
 from tests.tiny import PROMPTS
 from train_diff_instruct_pp import main

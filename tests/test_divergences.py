@@ -8,10 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import train_diff_instruct_pp as script
-from diff_instruct.arguments import build_parser, parse_args
-from diff_instruct.lora import adapters, trainable
-from diff_instruct.presets import PRESETS
-from diff_instruct.teaching_assistant import frozen, make_teaching_assistant
+from diff_instruct.models.lora import adapters, trainable
+from diff_instruct.models.teaching_assistant import frozen, make_teaching_assistant
+from diff_instruct.training.arguments import build_parser, parse_args
+from diff_instruct.training.methods import PRESETS
 from tests.test_training import run, weights
 
 

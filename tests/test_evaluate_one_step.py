@@ -16,23 +16,19 @@ from diffusers import DDPMScheduler, PixArtAlphaPipeline, StableDiffusionXLPipel
 from PIL import Image
 
 import evaluate_one_step as script
-from diff_instruct import benchmark, rewards
-from diff_instruct.batches import Batches, fingerprint, remember
-from diff_instruct.benchmark import PromptSet, load_prompt_set, spread
-from diff_instruct.contenders import Contender
-from diff_instruct.evaluation import (
-    evaluate,
-    fixed_noise,
-    mean_over_categories,
-    mean_with_interval,
-    noise_and_generators,
-    wins,
-)
-from diff_instruct.prompts import Conditioning
-from diff_instruct.reporting import draw_reference
-from diff_instruct.rewards import load_scorers
+from diff_instruct.evaluation import prompt_sets as benchmark
+from diff_instruct.evaluation.candidates import Contender
+from diff_instruct.evaluation.judge import evaluate
+from diff_instruct.evaluation.noise import fixed_noise, noise_and_generators
+from diff_instruct.evaluation.pictures import draw_reference
+from diff_instruct.evaluation.prompt_sets import PromptSet, load_prompt_set, spread
+from diff_instruct.evaluation.report import compare_pairs, markdown, report, summarise
+from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
+from diff_instruct.evaluation.store import Batches, fingerprint, remember
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.rewards import loading as rewards
+from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix
-from diff_instruct.scoreboard import compare_pairs, markdown, report, summarise
 from pipeline_one_step import OneStepPipeline
 from tests.tiny import PROMPTS, tiny_sdxl
 
@@ -483,6 +479,6 @@ def test_mistakes_end_with_one_line_before_anything_loads(
 
 def test_an_export_on_the_hub_is_run_only_if_it_is_trusted(options, monkeypatch):
     index = {"_class_name": ["pipeline_one_step", "OneStepPipeline"]}
-    monkeypatch.setattr("diff_instruct.contenders.read_index", lambda path, cache_dir: index)
+    monkeypatch.setattr("diff_instruct.evaluation.candidates.read_index", lambda path, cache_dir: index)
     with pytest.raises(ValueError, match="add --trust_remote_code"):
         run([*options, "--models", "a=user/model"])

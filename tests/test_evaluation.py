@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diff_instruct.evaluation import compare, fixed_noise, mean_with_interval
+from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.statistics import compare, mean_with_interval
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():

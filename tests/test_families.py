@@ -14,14 +14,14 @@ from diffusers import (
 from safetensors.torch import save_file
 
 import train_diff_instruct_pp as script
-from diff_instruct.arguments import parse_args
-from diff_instruct.configs import read_models
-from diff_instruct.export import stock_call
-from diff_instruct.lora import trainable
-from diff_instruct.models import load_generator, load_reference, null_condition
-from diff_instruct.prompts import Conditioning
-from diff_instruct.schedule import NoiseSchedule
-from diff_instruct.teaching_assistant import make_teaching_assistant, reference_mode
+from diff_instruct.export.card import stock_call
+from diff_instruct.models.loading import load_generator, load_reference, null_condition
+from diff_instruct.models.lora import trainable
+from diff_instruct.models.schedule import NoiseSchedule
+from diff_instruct.models.sources import read_models
+from diff_instruct.models.teaching_assistant import make_teaching_assistant, reference_mode
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.training.arguments import parse_args
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
 
 
@@ -265,7 +265,7 @@ def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start
 
 
 def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
-    from diff_instruct import configs
+    from diff_instruct.models import sources as configs
 
     asked, (_, paths) = [], start_points
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""`benchmarks/golden_image_reward.py` runs to its end, and says in one line what it lacks."""
+"""`tests/parity/golden_image_reward.py` runs to its end, and says in one line what it lacks."""
 
 import random
 from urllib.error import URLError
@@ -6,8 +6,8 @@ from urllib.error import URLError
 import pytest
 from PIL import Image
 
-from benchmarks import golden_image_reward as golden
-from benchmarks.reward_ours import load_saved
+from tests.parity import golden_image_reward as golden
+from tests.parity.reward_ours import load_saved
 from tests.test_parity import ORACLE
 
 

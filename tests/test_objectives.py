@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from diff_instruct.models.schedule import NoiseSchedule
 from diff_instruct.objectives import (
     KAPPA,
     WEIGHTINGS,
@@ -19,7 +20,6 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.schedule import NoiseSchedule
 
 
 S, MU, M = 0.6, 0.8, -0.3  # reference: variance, conditional and unconditional mean

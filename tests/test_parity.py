@@ -1,5 +1,5 @@
 """Our rewards against the original packages: against what they returned (tests/oracle), and, with -m oracle, against
-the packages themselves (`benchmarks/reward_parity.py`; the environment in $REWARD_ORACLE_ENV is built if missing).
+the packages themselves (`tests/parity/reward_parity.py`; the environment in $REWARD_ORACLE_ENV is built if missing).
 """
 
 import os
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of
-from benchmarks.reward_ours import BAR, differences, load_saved
+from tests.parity.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of
+from tests.parity.reward_ours import BAR, differences, load_saved
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,5 +60,5 @@ def test_pictures_of_other_sizes_differ_by_pil_s_rounding_only(name, unit, near)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_against_the_original_packages(case):
     environment = os.environ.get("REWARD_ORACLE_ENV", str(ROOT / ".oracle"))
-    command = [sys.executable, str(ROOT / "benchmarks" / "reward_parity.py"), "--environment", environment]
+    command = [sys.executable, str(ROOT / "tests" / "parity" / "reward_parity.py"), "--environment", environment]
     assert subprocess.run([*command, "--cases", case]).returncode == 0

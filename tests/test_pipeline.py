@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline
 
-from diff_instruct.arguments import parse_args
-from diff_instruct.prompts import Conditioning
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline
 from tests.tiny import PROMPTS
 
@@ -137,7 +137,7 @@ def test_t_star_must_be_in_the_schedule(pipe, timestep):
 
 def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, monkeypatch, capsys):
     """At the boundary of huggingface_hub: what is uploaded loads, has its card, and holds no checkpoint or token."""
-    from diff_instruct import export
+    from diff_instruct.export import export
     from train_diff_instruct_pp import main
 
     uploaded = {}

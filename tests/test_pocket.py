@@ -2,11 +2,11 @@
 
 import torch
 
-from diff_instruct.arguments import parse_args
-from diff_instruct.configs import read_models
-from diff_instruct.evaluation import fixed_noise
-from diff_instruct.models import load_generator, load_reference
-from diff_instruct.rewards import load_reward
+from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import read_models
+from diff_instruct.rewards.loading import load_reward
+from diff_instruct.training.arguments import parse_args
 from pocket.build import retrieval_rate
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from diff_instruct.prompts import PromptStream, Sampler, load_prompts, open_prompts
+from diff_instruct.prompts.files import load_prompts, open_prompts
+from diff_instruct.prompts.stream import PromptStream, Sampler
 from tests.tiny import PROMPTS
 
 

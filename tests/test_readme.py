@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import evaluate_one_step
-from diff_instruct.arguments import build_parser, parse_args
-from diff_instruct.configs import read_models
-from diff_instruct.contenders import Contender
+from diff_instruct.evaluation.candidates import Contender
+from diff_instruct.models.sources import read_models
+from diff_instruct.training.arguments import build_parser, parse_args
 
 
 ROOT = Path(__file__).resolve().parents[1]

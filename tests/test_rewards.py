@@ -8,19 +8,20 @@ from diffusers import AutoencoderTiny
 from transformers import BertTokenizer, CLIPModel
 
 import train_diff_instruct_pp as script
-from benchmarks.reward_inputs import WORDS, random_state
-from benchmarks.reward_ours import tiny_image_reward
-from diff_instruct.arguments import parse_args
-from diff_instruct.brakes import validations_since_best, warmed_up
 from diff_instruct.objectives import reward_gradient
-from diff_instruct.rewards import cut_prompts, load_reward, parse_reward
 from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
 from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import FunctionReward
 from diff_instruct.rewards.hpsv2 import HPSv2
+from diff_instruct.rewards.loading import cut_prompts, load_reward
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.rewards.specs import parse_reward
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.brakes import validations_since_best, warmed_up
+from tests.parity.reward_inputs import WORDS, random_state
+from tests.parity.reward_ours import tiny_image_reward
 from tests.test_parity import ORACLE
 from tests.tiny import PROMPTS, tiny_tokenizer
 

@@ -8,11 +8,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
-from diff_instruct.arguments import parse_args
-from diff_instruct.configs import read_models
-from diff_instruct.export import stock_call
-from diff_instruct.models import load_generator, load_reference
-from diff_instruct.prompts import Conditioning, Sampler
+from diff_instruct.export.card import stock_call
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import read_models
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.prompts.stream import Sampler
+from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline, predict_x0
 from tests.test_families import PREPARE, STOCK
 from tests.test_training import run, same, weights

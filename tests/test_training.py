@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
-from diff_instruct.arguments import parse_args
-from diff_instruct.optimization import ema_decay
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.ema import ema_decay
 
 
 def run(arguments):

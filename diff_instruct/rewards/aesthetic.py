@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from diff_instruct.rewards.checkpoint import check_state, clip_network, find, read
 from diff_instruct.rewards.clip import ClipScore, ClipScorer
 from diff_instruct.rewards.pixels import full_precision
+from diff_instruct.rewards.weights import check_state, clip_network, find, read
 
 
 REPO, FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
-from diff_instruct.rewards.checkpoint import clip_network, load_tokenizer
+from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.pixels import CLIP_MEAN, CLIP_STD, centre_square, full_precision, normalise
-from diff_instruct.rewards.scorer import Scorer
+from diff_instruct.rewards.weights import clip_network, load_tokenizer
 
 
 class ClipScorer(Scorer):

@@ -5,9 +5,9 @@ import re
 
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diff_instruct.rewards.checkpoint import find, load_tokenizer, network, read
 from diff_instruct.rewards.clip import ClipScorer
 from diff_instruct.rewards.pixels import padded_square
+from diff_instruct.rewards.weights import find, load_tokenizer, network, read
 
 
 REPO, TOKENIZER = "xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

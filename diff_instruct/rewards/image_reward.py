@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from diff_instruct.rewards.aesthetic import LinearMLP
-from diff_instruct.rewards.checkpoint import find, load_tokenizer, network, read
+from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.pixels import CLIP_MEAN, CLIP_STD, centre_square, full_precision, normalise
-from diff_instruct.rewards.scorer import Scorer
+from diff_instruct.rewards.weights import find, load_tokenizer, network, read
 
 
 REPO, FILE, TOKENIZER = "zai-org/ImageReward", "ImageReward.pt", "google-bert/bert-base-uncased"

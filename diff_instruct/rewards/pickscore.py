@@ -4,9 +4,9 @@ from functools import partial
 
 from transformers import CLIPTokenizer
 
-from diff_instruct.rewards.checkpoint import clip_network, load_tokenizer
 from diff_instruct.rewards.clip import ClipScorer
 from diff_instruct.rewards.pixels import centre_square, full_precision
+from diff_instruct.rewards.weights import clip_network, load_tokenizer
 
 
 class PickScore(ClipScorer):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from diff_instruct.rewards.checkpoint import clip_network
 from diff_instruct.rewards.clip import ClipScorer
+from diff_instruct.rewards.weights import clip_network
 
 
 class PocketReward(ClipScorer):

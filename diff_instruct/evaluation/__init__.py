@@ -1,0 +1,1 @@
+"""Judging: scores, intervals, pictures, comparisons."""

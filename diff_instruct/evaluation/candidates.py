@@ -1,0 +1,191 @@
+"""The models that are compared: one-step generators and multi-step references, described in one word each."""
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers.utils.constants import HF_MODULES_CACHE
+from filelock import FileLock
+
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import FAMILIES, WEIGHT_FILES, empty_network, read_index, read_models
+
+
+OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "variant": str}
+EXAMPLE = "NAME=PATH, NAME=PATH,steps=25,guidance=4.5 or NAME=PATH,base=PIPELINE,timestep=399"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, as `NAME=PATH[,option=value...]` says it.
+
+    Args:
+        name: what tables call it.
+        path: folder or Hub id of a pipeline; with `base` also a network's folder or one weight file.
+        steps, guidance: sample it as a diffusion model, with α_cfg = guidance (1 is none).
+        base: the pipeline that the network is put into; default: its own.
+        timestep: t*, where a one-step model that does not say it itself is evaluated.
+        variant: of the pipeline's files, for example fp16.
+    """
+
+    name: str
+    path: str
+    steps: int | None = None
+    guidance: float | None = None
+    base: str | None = None
+    timestep: int | None = None
+    variant: str | None = None
+
+    @classmethod
+    def parse(cls, entry):
+        """From `NAME=PATH[,option=value...]`.
+
+        Raises:
+            ValueError: for an entry that cannot be read, or options that exclude each other.
+        """
+        name, _, rest = entry.partition("=")
+        path, *options = rest.split(",")
+        if not path or not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise ValueError(f"--models {entry}: write {EXAMPLE}; a name has letters, digits, - _ and . only")
+        values = {}
+        for option in options:
+            key, _, value = option.partition("=")
+            if key not in OPTIONS:
+                raise ValueError(f"--models {entry}: unknown option `{key}`; known are {', '.join(OPTIONS)}")
+            try:
+                values[key] = OPTIONS[key](value)
+            except ValueError:
+                raise ValueError(f"--models {entry}: {key} must be a number, but is `{value}`") from None
+        contender = cls(name, path, **values)
+        if (contender.steps is None) != (contender.guidance is None):
+            raise ValueError(f"--models {entry}: steps and guidance belong together, as in steps=25,guidance=4.5")
+        if contender.steps is not None and (contender.base or contender.timestep is not None):
+            raise ValueError(f"--models {entry}: steps goes without base and timestep")
+        if contender.steps is not None and contender.steps < 2:
+            raise ValueError(f"--models {entry}: steps must be at least 2; a one-step model has timestep=...")
+        return contender
+
+    def describe(self):
+        """What it is, for the output: path and the options that were given."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "name"}
+
+    def arguments(self, resolution, cache_dir):
+        """What `read_models`, `load_reference` and `load_generator` read of the training script's arguments."""
+        return Namespace(
+            pretrained_model_name_or_path=self.base or self.path,
+            pretrained_generator_name_or_path=self.path if self.base else None,
+            timestep=None if self.timestep is None else [self.timestep],
+            generator_steps=None,
+            variant=self.variant,
+            revision=None,
+            cache_dir=cache_dir,
+            resolution=resolution,
+            lora_rank=0,
+            enable_xformers_memory_efficient_attention=False,
+        )
+
+
+def check(contender, resolution, cache_dir, trust_remote_code):
+    """What can be known before weights load: `Models` of a stock pipeline, or None for a OneStepPipeline.
+
+    Raises:
+        ValueError: for a model that is not there, incomplete or not supported, options that it lacks or excludes, a
+            resolution that it cannot make.
+    """
+    entry = f"--models {contender.name}={contender.path}"
+    if contender.base is None:
+        if contender.path.endswith(WEIGHT_FILES) or (Path(contender.path) / "config.json").is_file():
+            raise ValueError(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399")
+        index = read_index(contender.path, cache_dir=cache_dir)
+        if is_one_step(index):
+            if replace(contender, variant=None) != Contender(contender.name, contender.path):
+                raise ValueError(f"{entry} is a OneStepPipeline, which knows its own t*: give no options")
+            if not (Path(contender.path).is_dir() or trust_remote_code):
+                raise ValueError(
+                    f"{entry} brings its own pipeline_one_step.py, which would be run: look at it on the Hub, then "
+                    "add --trust_remote_code"
+                )
+            check_one_step(contender.path, index, resolution, cache_dir)
+            return None
+        if index["_class_name"] in FAMILIES and contender.steps is None and contender.timestep is None:
+            raise ValueError(
+                f"{entry} is a {index['_class_name']}: say steps=... and guidance=..., or, if it is a one-step model, "
+                "timestep=..."
+            )
+    return read_models(contender.arguments(resolution, cache_dir))
+
+
+def is_one_step(index):
+    """Whether a `model_index.json` is that of an exported OneStepPipeline."""
+    return isinstance(index["_class_name"], list) and index["_class_name"][1] == "OneStepPipeline"
+
+
+def check_one_step(path, index, resolution, cache_dir):
+    """Raises ValueError if a part of an exported pipeline is missing, or it cannot make the resolution."""
+    names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
+    networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
+    denoiser = networks.get("transformer") or networks["unet"]
+    multiple = 2 ** (len(networks["vae"].config.block_out_channels) - 1) * denoiser.config.get("patch_size", 1)
+    if resolution is not None and (resolution < multiple or resolution % multiple):
+        raise ValueError(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {multiple}")
+
+
+def load(contender, models, resolution, cache_dir, dtype, device):
+    """(draw, latent shape) of a contender, its networks in `dtype` on `device`.
+
+    `draw(prompts, n, z, generators)` gives pixels (B·n, 3, H, W) in [0, 1]: n images of each of B prompts, one after
+    the other, that start at z (B·n, C, H/f, W/f); noise that is wanted later comes from the B·n generators.
+
+    Args:
+        models: what `check` returned.
+    """
+    if models is None:
+        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+        with FileLock(
+            Path(HF_MODULES_CACHE) / "one_step.lock"
+        ):  # diffusers copies the code there while others read it
+            pipe = DiffusionPipeline.from_pretrained(
+                contender.path, variant=contender.variant, cache_dir=cache_dir, dtype=dtype, trust_remote_code=True
+            )
+        return one_step(pipe.to(device), resolution)
+    args = contender.arguments(resolution, cache_dir)
+    stock = load_reference(args, models, dtype)
+    if contender.steps is not None:
+        return multi_step(stock.to(device), getattr(stock, models.denoiser), contender, resolution)
+    pipe = load_generator(args, models, stock)
+    if pipe.denoiser.dtype != dtype:
+        pipe.denoiser.to(dtype)
+    pipe.denoiser.requires_grad_(False).eval()
+    return one_step(pipe.to(device), resolution)
+
+
+def one_step(pipe, resolution):
+    """`load` of a OneStepPipeline, through its public call."""
+    pipe.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def draw(prompts, n, z, generators):
+        size = {"height": resolution, "width": resolution, "num_images_per_prompt": n}
+        x0 = pipe(prompts, latents=z, generator=generators, output_type="latent", **size).images
+        return pipe.decode(x0).clamp(0, 1)
+
+    return draw, pipe.latent_shape(resolution, resolution)
+
+
+def multi_step(stock, network, contender, resolution):
+    """`load` of a stock pipeline that is sampled in several steps with its own scheduler."""
+    stock.set_progress_bar_config(disable=True)
+    side = (resolution or network.config.sample_size * stock.vae_scale_factor) // stock.vae_scale_factor
+    options = {"num_inference_steps": contender.steps, "guidance_scale": contender.guidance, "output_type": "pt"}
+    options.update(height=side * stock.vae_scale_factor, width=side * stock.vae_scale_factor)
+    if isinstance(stock, PixArtAlphaPipeline):  # it would change the size and the prompt
+        options.update(use_resolution_binning=False, clean_caption=False)
+
+    @torch.no_grad()
+    def draw(prompts, n, z, generators):
+        z = z.to(network.dtype)
+        return stock(prompts, latents=z, generator=generators, num_images_per_prompt=n, **options).images.float()
+
+    return draw, (network.config.in_channels, side, side)

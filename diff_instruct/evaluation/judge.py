@@ -1,0 +1,75 @@
+"""Judging a generator on fixed prompt and seed pairs, with confidence intervals."""
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+
+from diff_instruct.evaluation.noise import fixed_noise, further_noise
+from diff_instruct.rewards.base import Scorer
+
+
+def pixel_features(pixels):
+    """Unit vectors (B, D) of the pictures themselves, at 16×16 and without their mean: when no scorer has features."""
+    small = F.interpolate(pixels, size=(16, 16), mode="area").flatten(1)
+    return F.normalize(small - small.mean(dim=1, keepdim=True), dim=-1)
+
+
+def first_features(scorers):
+    """(name, features) of what diversity is measured with: a function from pixels (B, 3, H, W) to unit vectors.
+
+    The first of the scorers (a `dict` by name) that has image features; users' functions have none, and if there is
+    nothing else it is the pictures themselves.
+    """
+    for name, scorer in scorers.items():
+        if isinstance(scorer, Scorer):
+            return name, scorer.image_features
+    return "pixels", pixel_features
+
+
+def diversity_features(reward, heldout):
+    """`first_features` of the held-out scorers, else of those that are trained on."""
+    return first_features({**heldout, **dict(zip(reward.names, reward.rewards))})
+
+
+def diversity(features):
+    """Mean of 1 − cosine between the images of one prompt, from their unit vectors (n, D), n at least 2."""
+    n = len(features)
+    return 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
+
+
+def judge_images(pixels, prompts, reward, heldout):
+    """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s."""
+    _, features_of = diversity_features(reward, heldout)
+    parts = reward.scores(pixels, prompts)
+    row = {"reward": reward.combine(parts)}
+    if not reward.is_plain:
+        row |= {f"reward_{name}": r for name, r in parts.items()}
+    for k, (name, scorer) in enumerate(heldout.items()):
+        row[f"heldout_{name}" if k else "heldout"] = scorer(pixels, prompts)
+    row["diversity"] = diversity(features_of(pixels))
+    return row
+
+
+@torch.no_grad()
+def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward, heldout):
+    """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
+
+    Args:
+        pipe: the generator, with the weights that are to be judged.
+        encode: prompts to conditioning.
+        reward ([`Mix`]): what is trained on.
+        heldout (`dict`): scorers by name, may be empty.
+
+    Returns:
+        `dict` of tensors: (P, n) for `reward`, for its parts `reward_<name>` if it is more than one reward as it is,
+        for the first held-out scorer `heldout` and for others `heldout_<name>`; (P,) for `diversity`: within a prompt,
+        the mean of 1 − cosine between image features (see `diversity_features`).
+    """
+    rows = []
+    for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+        z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
+        x0 = pipe.generate(pipe.denoiser, z, encode(c), further_noise(pipe, z, i))
+        row = judge_images(pipe.decode(x0).clamp(0, 1), c, reward, heldout)
+        rows.append((i, {key: value.tolist() for key, value in row.items()}))
+    rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,194 @@
+"""From the scores of several models on the same prompts to figures, their comparison, and the tables of both."""
+
+import sys
+from collections import Counter
+from importlib.metadata import version
+from statistics import median
+
+import torch
+
+from diff_instruct.evaluation.cost import MEMORY_IS
+from diff_instruct.evaluation.prompt_sets import RULES
+from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
+
+
+# Of what is published in other units, too; each scorer's class says more.
+UNITS = {
+    "hpsv2": "100 · cosine",
+    "hpsv2.1": "100 · cosine",
+    "pickscore": "exp(logit scale) · cosine, about 100 · cosine",
+    "clip": "100 · max(cosine, 0)",
+}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
+
+
+def figure(values, prompts):
+    """{"mean", "ci95"} of values (P, n) or (P,), as the prompt set's rule says."""
+    if prompts.rule == "categories":
+        mean, interval = mean_over_categories(values, prompts.categories)
+    else:
+        mean, interval = mean_with_interval(values)
+    return {"mean": mean, "ci95": interval}
+
+
+def by_category(values, categories):
+    """`figure` of the prompts of each category alone, and how many they are."""
+    figures = {}
+    for name in sorted(set(categories)):
+        chosen = torch.tensor([category == name for category in categories])
+        mean, interval = mean_with_interval(values[chosen])
+        figures[name] = {"mean": mean, "ci95": interval, "n_prompts": int(chosen.sum())}
+    return figures
+
+
+def summarise(scores, prompts):
+    """The figures of one model.
+
+    Args:
+        scores (`dict`): tensors (P, n) for each reward, (P,) for `diversity`.
+        prompts ([`PromptSet`]): the P prompts.
+    """
+    figures = {key: figure(values, prompts) for key, values in scores.items()}
+    if prompts.categories:
+        for key, values in scores.items():
+            figures[key]["by_category"] = by_category(values, prompts.categories)
+    return figures
+
+
+def compare_pairs(scores, baseline, prompts):
+    """A model against the baseline, image by image: the same prompts and seeds.
+
+    Returns:
+        `dict`: for each figure its `difference` from the baseline, and for rewards the `win_rate`, the share of pairs
+        in which the model's image scores higher, ties counting half; each a `figure`.
+    """
+    result = {}
+    for key, values in scores.items():
+        result[key] = {"difference": figure(values - baseline[key], prompts)}
+        if key != "diversity":
+            result[key]["win_rate"] = figure(wins(values, baseline[key]), prompts)
+    return result
+
+
+def report(args, contenders, kept, prompts, device):
+    """All that was measured, as `evaluation.json` has it.
+
+    Args:
+        contenders (`dict`): [`Contender`] by name.
+        kept (`dict`): the finished batches of each, in order.
+        prompts ([`PromptSet`]): what they were asked for.
+    """
+    scores = {
+        name: {key: torch.tensor([row for b in part for row in b["scores"][key]]) for key in part[0]["scores"]}
+        for name, part in kept.items()
+    }
+    models = {
+        name: {
+            **contenders[name].describe(),
+            "latent_shape": part[0]["latent_shape"],
+            "figures": summarise(scores[name], prompts),
+            "seconds_per_image": median(b["seconds_per_image"] for b in part),
+            "peak_memory_gib": max(b["gib"] for b in part),
+        }
+        for name, part in kept.items()
+    }
+    baseline = args.baseline or next(iter(models))
+    others = [name for name in models if name != baseline]
+    cut = {key: set() for key in next(iter(kept.values()))[0]["cut"]}
+    for b in (b for part in kept.values() for b in part):
+        for key, checksums in b["cut"].items():
+            cut[key].update(checksums)
+    return {
+        "prompts": {
+            "source": prompts.source,
+            "number": len(prompts.texts),
+            "sha256": prompts.sha256,
+            "categories": prompts.categories and dict(sorted(Counter(prompts.categories).items())),
+            "rule": prompts.rule,
+            "rule_is": RULES[prompts.rule],
+        },
+        "num_images": args.num_images,
+        "seed": args.seed,
+        "image_seeds": "seed + 1000003 * (place of the prompt, from 0) + (number of the image, from 0)",
+        "units": {key: UNITS[key] for key in next(iter(scores.values())) if key in UNITS},
+        "intervals": "95%, bootstrap over the prompts (within categories, if means are), 2000 resamples",
+        "models": models,
+        "comparison": {
+            "baseline": baseline,
+            "models": {name: compare_pairs(scores[name], scores[baseline], prompts) for name in others},
+            "other_noise": [n for n in others if models[n]["latent_shape"] != models[baseline]["latent_shape"]],
+        },
+        "diversity_by": kept[baseline][0]["diversity_by"],
+        "cut_prompts": {key: len(checksums) for key, checksums in cut.items() if checksums},
+        "seconds_are": f"median over batches of {args.batch_size} images at most, text encoder and VAE with it",
+        "peak_memory_is": MEMORY_IS[device.type],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "arguments": {key: value for key, value in vars(args).items() if value is not None},
+    }
+
+
+def cell(entry, digits=3):
+    """A figure and its interval, as tables show them."""
+    low, high = entry["ci95"]
+    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(result):
+    """The tables of `evaluation.json`, and how its figures were made."""
+    models, prompts, comparison = result["models"], result["prompts"], result["comparison"]
+    keys = list(next(iter(models.values()))["figures"])
+    head = ["", *keys, "s / image", "GiB"]
+    rows = [
+        [name, *(cell(m["figures"][k]) for k in keys), f"{m['seconds_per_image']:.3f}", f"{m['peak_memory_gib']:.2f}"]
+        for name, m in models.items()
+    ]
+    text = [
+        f"# {len(models)} models on {prompts['number']} prompts of {prompts['source']}",
+        table(head, rows),
+        f"Each figure is the {RULES[prompts['rule']]}, of {result['num_images']} images a prompt (seed "
+        f"{result['seed']}), with its 95% interval by bootstrap over the prompts. SHA-256 of the prompts: "
+        f"`{prompts['sha256']}`. s / image: {result['seconds_are']}. GiB: {result['peak_memory_is']}.",
+    ]
+    if result["units"]:
+        text.append(f"Units: {'; '.join(f'{name}: {unit}' for name, unit in result['units'].items())}.")
+    if "diversity" in keys:
+        text.append(
+            f"diversity: mean of 1 − cosine between the images of one prompt, by the image features of "
+            f"`{result['diversity_by']}`."
+        )
+    if result["cut_prompts"]:
+        cut = ", ".join(f"{name} {n}" for name, n in result["cut_prompts"].items())
+        text.append(f"Prompts that a scorer could read in part only: {cut}.")
+    if comparison["models"]:
+        rows = []
+        for name, figures in comparison["models"].items():
+            for key, entry in figures.items():
+                share = cell(entry["win_rate"]) if "win_rate" in entry else ""
+                rows.append([name, key, cell(entry["difference"]), share])
+        text += [
+            f"## Against {comparison['baseline']}, pair by pair",
+            table(["", "", "difference", "win rate"], rows),
+            "Pairs have prompt and seed in common. A win is an image that scores higher than its pair; ties count "
+            "half.",
+        ]
+        if comparison["other_noise"]:
+            text.append(
+                f"Not the same noise as the baseline's, since the latents differ in shape: "
+                f"{', '.join(comparison['other_noise'])}."
+            )
+    if prompts["categories"]:
+        text.append("## By category")
+        for key in keys:
+            rows = [
+                [f"{category} ({n})", *(cell(m["figures"][key]["by_category"][category]) for m in models.values())]
+                for category, n in prompts["categories"].items()
+            ]
+            text.append(table([key, *models], rows))
+    return "\n\n".join(text) + "\n"

@@ -1,0 +1,1 @@
+"""What a run ships: pipeline, card, summary."""

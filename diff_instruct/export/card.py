@@ -1,0 +1,130 @@
+"""The model card: what was measured, how to use it, what it is made of."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, model_info
+
+from diff_instruct.training.papers import bibtex, method
+
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
+# How an exported generator runs in the stock pipeline of its family.
+STOCK_CALLS = {
+    "PixArtAlphaPipeline": """\
+from diffusers import LCMScheduler, PixArtAlphaPipeline
+stock = PixArtAlphaPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
+image = stock(
+    {prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=1.0, use_resolution_binning=False
+).images[0]""",
+    "StableDiffusionPipeline": """\
+from diffusers import LCMScheduler, StableDiffusionPipeline
+parts = {{"scheduler": LCMScheduler.from_config(pipe.scheduler.config), "safety_checker": None}}
+stock = StableDiffusionPipeline.from_pipe(pipe, **parts, feature_extractor=None, image_encoder=None)
+image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
+    "StableDiffusionXLPipeline": """\
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+stock = StableDiffusionXLPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
+image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
+}
+
+
+def stock_call(family, pipe, prompt):
+    """The lines with which an exported generator runs in the stock pipeline of its family."""
+    words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
+    return STOCK_CALLS[family].format(**words)
+
+
+def base_license(base):
+    """The licence that the base model's card names, or None."""
+    card = Path(base) / "README.md"
+    if card.is_file():
+        return ModelCard.load(card).data.get("license")
+    if Path(base).is_dir():
+        return None
+    return model_info(base).card_data.get("license")
+
+
+def figures_table(summary):
+    """Markdown: before, after and gain of each figure, with their intervals."""
+
+    def cell(name):
+        low, high = summary[f"{name}_ci95"]
+        return f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = ["| | before | after | gain |", "|---|---|---|---|"]
+    for key in figure_names(summary):
+        cells = " | ".join(cell(f"{key}_{column}") for column in ("before", "after", "gain"))
+        rows.append(f"| {label(key, summary)} | {cells} |")
+    return "\n".join(rows)
+
+
+def figure_names(summary):
+    """What was measured before and after: `reward`, `heldout`, `diversity`, ..."""
+    return [key.removesuffix("_before") for key in summary if key.endswith("_before")]
+
+
+def label(figure, summary):
+    """A figure in words."""
+    kind, _, name = figure.partition("_")
+    if kind == "diversity":
+        return "diversity"
+    if kind == "heldout":
+        return f"{name or summary['arguments']['heldout_reward'].split()[0]} (not trained)"
+    if not float(summary["arguments"]["reward_scale"]):
+        return f"{name or summary['arguments']['reward']} (not trained: reward scale 0)"
+    return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
+
+
+def write_card(args, pipe, summary, stock_class, prompt):
+    """Fill `model_card_template.md` with what was measured; returns the card."""
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
+    license = base_license(base)
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license,
+        base_model=base if on_hub else None,
+        tags=["text-to-image", "diffusers", "diff-instruct", "few-step" if len(pipe.timesteps) > 1 else "one-step"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=Path(args.output_dir).resolve().name,
+        repo=args.hub_model_id or Path(args.output_dir).name,
+        base=base if on_hub else f"the local pipeline `{Path(base).name}`",
+        method=method(args),
+        citations="\n\n".join(bibtex(name) for name in dict.fromkeys(["Diff-Instruct++", method(args)])),
+        timesteps=pipe.timesteps,
+        stock_call=stock_call(stock_class.__name__, pipe, prompt),
+        stock_class=stock_class.__name__,
+        lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
+        start=args.pretrained_generator_name_or_path or base,
+        prompt=json.dumps(prompt),
+        pretrain_steps=args.pretrain_steps,
+        align_steps=args.max_train_steps,
+        reward=summary["arguments"]["reward"],
+        reward_scale=args.reward_scale,
+        cfg_scale=args.cfg_scale,
+        table=figures_table(summary),
+        license=license,
+        command=command_line(),
+        arguments=json.dumps(summary["arguments"], indent=2),
+        heldout=shlex.join(args.heldout_reward or []),
+        **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds", "diversity_by")},
+    )
+    card.save(Path(args.output_dir) / "README.md")
+    return card
+
+
+def command_line():
+    """The command of this run, without the token."""
+    words, hidden = [], False
+    for word in sys.argv[1:]:
+        if not (hidden or word.startswith("--hub_token")):
+            words.append(word)
+        hidden = word == "--hub_token"
+    return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *words])

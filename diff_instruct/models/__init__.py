@@ -1,0 +1,1 @@
+"""The networks: families, sources, loading, LoRA, memory."""

@@ -1,0 +1,1 @@
+"""A run: arguments, methods, optimizers, checkpoints, history."""

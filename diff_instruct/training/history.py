@@ -1,0 +1,67 @@
+"""The history of a run: figures, curves, and pictures for the trackers."""
+
+import json
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+
+PANELS = {
+    "reward (training batch)": ["reward", "reward_*"],
+    "judged on held-out prompts": ["val_reward", "val_reward_*", "val_heldout", "val_heldout_*"],
+    "diversity within a prompt": ["val_diversity"],
+    "loss of the teaching assistant": ["ta_loss"],
+    "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
+    "x0": ["x0_mean", "x0_std"],
+}
+
+
+class History:
+    """The logged figures of a run, one JSON object a line; what a resumed run will repeat is dropped."""
+
+    def __init__(self, output_dir, first_step):
+        self.path, self.rows = Path(output_dir) / "history.jsonl", []
+        if first_step and self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.rows = [row for row in rows if row["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, accelerator, step, figures):
+        """Append figures, and hand them to the trackers."""
+        self.rows.append({"step": step, **figures})
+        with self.path.open("a") as f:
+            f.write(json.dumps(self.rows[-1]) + "\n")
+        accelerator.log(figures, step=step)
+
+    def plot(self, file):
+        """Draw `curves.png`."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+        for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+            logged = sorted({k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)})
+            for key in logged:
+                points = [(row["step"], row[key]) for row in self.rows if key in row]
+                axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+                axis.legend()
+            axis.set(title=title, xlabel="generator step")
+            axis.grid(alpha=0.3)
+        figure.savefig(file, dpi=90)
+        plt.close(figure)
+
+
+def log_images(accelerator, step, images, prompts):
+    """Validation pictures to TensorBoard, Weights & Biases and Trackio."""
+    array = (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", array, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            library = import_module(tracker.name)
+            pictures = [library.Image(a, caption=p) for a, p in zip(array, prompts)]
+            tracker.log({f"validation/{i}": picture for i, picture in enumerate(pictures)}, step=step)

@@ -1,0 +1,1 @@
+"""Evidence: trained runs and closed-form worlds, with their tables and pictures."""

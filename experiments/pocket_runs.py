@@ -1,0 +1,279 @@
+"""Runs of the training script side by side on the pocket reference: trained, judged, tabled and drawn.
+
+`five_settings.py` and `five_methods.py` say which runs. Every run starts from the committed one-step generator and
+differs in its arguments and its seed only. Finished runs are kept in the work directory and not made again.
+
+They are judged on 64 captions that the reference knows and that are taken out of the prompts of alignment, as in the
+papers, where the reference knows most of what it is asked for; and on the pocket's 64 held-out prompts, new
+combinations, which the reference itself draws badly (pocket/README.md).
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import Queue
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diff_instruct.evaluation.judge import judge_images
+from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.pictures import draw_reference
+from diff_instruct.evaluation.statistics import mean_with_interval
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import read_models
+from diff_instruct.rewards.loading import load_heldout, load_mix
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.environment import usable_cores
+from pocket.build import caption_features, retrieved
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+N_IMAGES, GUIDANCE = 4, 4.5
+TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
+COMMON = (
+    "--validation_steps 25 --num_eval_prompts 16 --checkpointing_steps 50 --checkpoints_total_limit 1 "
+    "--logging_steps 5"
+)
+METRICS = {
+    "reward": "`pocket` (trained)",
+    "heldout": "`pocket_heldout` (not trained)",
+    "diversity": "diversity",
+    "retrieval": "retrieval",
+    "heldout_new": "`pocket_heldout`, new combinations",
+    "retrieval_new": "retrieval, new combinations",
+}
+
+
+def split_prompts():
+    """(judged, rest, new): captions that the reference knows and are only judged, the others, and new combinations."""
+    known, new = ((ROOT / "pocket" / f"prompts_{part}.txt").read_text().splitlines() for part in ("train", "heldout"))
+    judged = known[7 :: len(known) // 64][:64]
+    return judged, [caption for caption in known if caption not in judged], new
+
+
+def parser(description):
+    """The arguments that both benchmarks take."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--max_train_steps", type=int, default=100, help="generator steps of every run")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--work_dir", default=str(ROOT / "pocket-build" / "runs"), help="where runs are kept")
+    p.add_argument("--at_once", type=int, default=usable_cores(), help="runs side by side, one thread each")
+    return p
+
+
+def train(settings, args):
+    """Train every name: arguments of `settings` with every seed, each run on a core of its own."""
+    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
+    judged, rest, _ = split_prompts()
+    pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = Queue()
+    for k in range(args.at_once):
+        cores.put(pinned[k % len(pinned)] if pinned else None)
+
+    files = {"eval_prompts": judged, "train_prompts": rest}
+    for flag, prompts in files.items():
+        (Path(args.work_dir) / f"{flag}.txt").write_text("\n".join(prompts) + "\n")
+
+    def one(name, arguments, seed):
+        folder = Path(args.work_dir) / f"{name}-{seed}"
+        if not (folder / "training_summary.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
+            command += ["--max_train_steps", str(args.max_train_steps), *COMMON.split(), *arguments.split()]
+            command += [word for flag in files for word in (f"--{flag}", str(Path(args.work_dir) / f"{flag}.txt"))]
+            resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
+            core = cores.get()
+            with (folder / "log.txt").open("a") as log:
+                run = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=log, stderr=log)
+                if core is not None:
+                    os.sched_setaffinity(run.pid, {core})
+                if run.wait():
+                    raise RuntimeError(f"{shlex.join(command)} failed; see {folder}/log.txt")
+            cores.put(core)
+        bar.update()
+
+    jobs = [(name, arguments, seed) for seed in range(args.seeds) for name, arguments in settings.items()]
+    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(args.at_once) as pool:
+        for job in [pool.submit(one, *job) for job in jobs]:
+            job.result()
+
+
+class Judge:
+    """Scores of images of the captions that the reference knows, and of new combinations (see `split_prompts`)."""
+
+    def __init__(self, work_dir):
+        args, self.work_dir = parse_args(["--output_dir", work_dir]), Path(work_dir)
+        models = read_models(args)
+        self.stock = load_reference(args, models, torch.float32)
+        self.before = load_generator(args, models, self.stock)
+        self.reward, self.heldout = load_mix(args, "cpu"), load_heldout(args, "cpu")
+        self.known, rest, self.new = split_prompts()
+        self.text = caption_features(self.heldout["pocket_heldout"], [*self.known, *rest, *self.new])
+        self.shown = [*self.known[::13], *self.new[:3]]
+
+    @torch.no_grad()
+    def __call__(self, name, draw):
+        """Scores as in `evaluate` and the pictures shown, of `draw(prompts, z)`, which returns pixels in [0, 1]."""
+        file = self.work_dir / f"{name}.safetensors"
+        if not file.exists():
+            shape, rows = self.before.latent_shape(), []
+            for i, prompt in enumerate(tqdm([*self.known, *self.new], desc=name, leave=False)):
+                c = [prompt] * N_IMAGES
+                pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
+                row = judge_images(pixels, c, self.reward, self.heldout)
+                hits = retrieved(self.heldout["pocket_heldout"], pixels, c, self.text, seed=i)
+                rows.append({**row, "retrieval": torch.tensor(hits).float()})
+            both = {k: torch.stack([row[k] for row in rows]).split(len(self.known)) for k in rows[0]}
+            scores = {**{k: v[0] for k, v in both.items()}, **{f"{k}_new": v[1] for k, v in both.items()}}
+            pictures = torch.cat([draw([p], fixed_noise(shape, 1000 + i, 1)) for i, p in enumerate(self.shown)])
+            save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
+        return load_file(file)
+
+    def reference(self, steps, guidance=GUIDANCE):
+        """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
+        stock, decode = self.stock, self.before.decode
+        if steps == 1:  # PixArt-α's own sampler has no single step
+            stock = type(stock).from_pipe(
+                stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
+            )
+        return lambda prompts, z: draw_reference(stock, decode, prompts, z, guidance, steps)
+
+
+def one_step(pipe):
+    """How a one-step pipeline draws: pixels (B, 3, H, W) in [0, 1] of B prompts from noise z."""
+    return lambda prompts, z: pipe(prompts, latents=z, output_type="pt").images
+
+
+def judge_all(settings, args):
+    """Scores by name, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
+    judge = Judge(args.work_dir)
+    scores = {
+        "reference, 1 step": [judge("reference-1", judge.reference(1))],
+        "reference, 25 steps": [judge("reference-25", judge.reference(25))],
+        "reference, 25 steps, guidance 2": [judge("reference-25-2", judge.reference(25, 2.0))],
+        "before": [judge("before", one_step(judge.before))],
+    }
+    for name in settings:
+        scores[name] = []
+        for seed in range(args.seeds):
+            folder = Path(args.work_dir) / f"{name}-{seed}"
+            pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+            scores[name].append(judge(f"scores-{name}-{seed}", one_step(pipe)))
+    pictures = {name: rows[0]["pictures"] for name, rows in scores.items()}
+    stacked = {name: {k: torch.stack([row[k] for row in rows]) for k in METRICS} for name, rows in scores.items()}
+    return stacked, pictures, judge.shown
+
+
+def tables(settings, pairs, labels, file, args):
+    """Train, judge, and write and print the tables. Returns scores, pictures and their prompts."""
+    started = time.time()
+    train(settings, args)
+    scores, pictures, prompts = judge_all(settings, args)
+    parts = (
+        means(scores, labels),
+        paired(scores, pairs, labels),
+        *([spreads(scores, labels)] if args.seeds > 1 else []),
+        provenance(settings, args, started),
+    )
+    text = "\n\n".join(parts)
+    Path(file).write_text(text + "\n")
+    print(text)
+    return scores, pictures, prompts
+
+
+def over_prompts(values):
+    """(P,) or (P, n) from (S, P) or (S, P, n): the mean over seeds, prompts as the first axis for the bootstrap."""
+    return values.double().mean(dim=0)
+
+
+def table(first, rows):
+    """Markdown: a column for each metric; rows of (name, function from a metric to its cell)."""
+    lines = [f"| {first} | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(map(cell, METRICS)) + " |" for name, cell in rows])
+
+
+def means(scores, labels):
+    """Means with their 95% intervals over prompts."""
+
+    def cell(values, key):
+        mean, (low, high) = mean_with_interval(over_prompts(values[key]))
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+    return table("mean", [(labels.get(name, name), partial(cell, values)) for name, values in scores.items()])
+
+
+def spreads(scores, labels):
+    """The least and the greatest mean among the seeds of training."""
+
+    def cell(values, key):
+        seeds = values[key].flatten(1).mean(dim=1)
+        return f"{seeds.min():.3f} to {seeds.max():.3f}"
+
+    trained = {name: values for name, values in scores.items() if len(values["reward"]) > 1}
+    return table("seeds", [(labels.get(name, name), partial(cell, values)) for name, values in trained.items()])
+
+
+def paired(scores, pairs, labels):
+    """Paired differences: the same prompts, noise and seeds of training."""
+
+    def cell(one, other, key):
+        mean, (low, high) = mean_with_interval(over_prompts(one[key]) - over_prompts(other[key]))
+        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    rows = [(f"{labels.get(a, a)} − {labels.get(b, b)}", partial(cell, scores[a], scores[b])) for a, b in pairs]
+    return table("difference", rows)
+
+
+def curves(settings, args, labels, file):
+    """What validation saw while training: mean of the seeds, and a band from the least to the greatest."""
+    panels = {
+        "val_reward": "pocket (trained)",
+        "val_heldout": "pocket_heldout (not trained)",
+        "val_diversity": "diversity",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name in settings:
+        runs = []
+        for seed in range(args.seeds):
+            lines = (Path(args.work_dir) / f"{name}-{seed}" / "history.jsonl").read_text().splitlines()
+            runs.append([row for row in map(json.loads, lines) if "val_reward" in row])
+        for axis, key in zip(axes, panels):
+            values = np.array([[row[key] for row in run] for run in runs])
+            steps = [row["step"] for row in runs[0]]
+            (line,) = axis.plot(steps, values.mean(axis=0), marker=".", label=labels.get(name, name))
+            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
+    for axis, title in zip(axes, panels.values()):
+        axis.set(title=title, xlabel="generator step")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def provenance(settings, args, started):
+    """The line under a table: command, steps, date, commit, time."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    summaries = [
+        json.loads(f.read_text()) for name in settings for f in Path(args.work_dir).glob(f"{name}-[0-9]/*summary.json")
+    ]
+    minutes = sum(s["seconds"] for s in summaries) / 60
+    command = shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return (
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, commit {commit.strip()}; {args.max_train_steps} steps, "
+        f"{args.seeds} seeds, torch {torch.__version__}. {(time.time() - started) / 60:.0f} minutes; training alone "
+        f"{minutes:.0f} minutes of one core, all runs together."
+    )
