@@ -27,6 +27,7 @@ from diff_instruct.evaluation.pictures import image_grid
 from diff_instruct.evaluation.prompt_sets import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_prompt_set, spread
 from diff_instruct.evaluation.report import markdown, report
 from diff_instruct.evaluation.store import Batches, fingerprint, remember, write_whole
+from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.loading import REWARDS, check_scorers, load_scorers
 from diff_instruct.rewards.specs import parse_pairs
@@ -74,16 +75,16 @@ def build_parser():
 
 
 def check_args(args):
-    """Raises ValueError, in one line, for arguments that cannot work together."""
+    """Raises Mistake, in one line, for arguments that cannot work together."""
     if (args.prompts is None) == (args.dataset_name is None):
-        raise ValueError("give either --prompts or --dataset_name")
+        raise Mistake("give either --prompts or --dataset_name")
     if args.dataset_name is not None and args.num_prompts is None:
-        raise ValueError("--dataset_name is streamed: say how many prompts with --num_prompts")
+        raise Mistake("--dataset_name is streamed: say how many prompts with --num_prompts")
     for name in ("num_images", "grid_prompts", "num_prompts"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+            raise Mistake(f"--{name} must be at least 1")
     if args.batch_size < args.num_images:
-        raise ValueError(f"--batch_size must be at least --num_images, {args.num_images}: a prompt's stay together")
+        raise Mistake(f"--batch_size must be at least --num_images, {args.num_images}: a prompt's stay together")
     check_scorers(args.rewards, args.reward_checkpoint)
 
 
@@ -91,15 +92,15 @@ def parse_models(args):
     """The contenders by name, and what is known of each without its weights.
 
     Raises:
-        ValueError: for an entry that cannot work, or a name that is given twice.
+        Mistake: for an entry that cannot work, or a name that is given twice.
     """
     contenders = [Contender.parse(entry) for entry in args.models]
     for name, times in Counter(c.name for c in contenders).items():
         if times > 1:
-            raise ValueError(f"--models: the name `{name}` is given twice")
+            raise Mistake(f"--models: the name `{name}` is given twice")
     contenders = {c.name: c for c in contenders}
     if args.baseline is not None and args.baseline not in contenders:
-        raise ValueError(f"--baseline {args.baseline}: no model of this name; there are {', '.join(contenders)}")
+        raise Mistake(f"--baseline {args.baseline}: no model of this name; there are {', '.join(contenders)}")
     known = {name: check(c, args.resolution, args.cache_dir, args.trust_remote_code) for name, c in contenders.items()}
     return contenders, known
 
@@ -174,7 +175,7 @@ def main(args):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+        raise Mistake(f"--output_dir {folder} cannot be made: {error.strerror}") from None
     if accelerator.is_main_process:
         described = {
             name: [c.describe(), *(fingerprint(path) for path in (c.path, c.base) if path)]
@@ -220,5 +221,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(build_parser().parse_args())
-    except ValueError as error:
+    except Mistake as error:
         sys.exit(f"error: {error}")

@@ -25,6 +25,7 @@ from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw, draw_refere
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import figure_names
 from diff_instruct.export.export import export
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference, null_condition
 from diff_instruct.models.lora import checkpoint_block, trainable
 from diff_instruct.models.memory_plan import plan, table
@@ -338,5 +339,5 @@ Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except Mistake as error:
         sys.exit(f"error: {error}")

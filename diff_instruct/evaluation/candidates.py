@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from diffusers.utils.constants import HF_MODULES_CACHE
 from filelock import FileLock
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import FAMILIES, WEIGHT_FILES, empty_network, read_index, read_models
 
@@ -43,28 +44,28 @@ class Contender:
         """From `NAME=PATH[,option=value...]`.
 
         Raises:
-            ValueError: for an entry that cannot be read, or options that exclude each other.
+            Mistake: for an entry that cannot be read, or options that exclude each other.
         """
         name, _, rest = entry.partition("=")
         path, *options = rest.split(",")
         if not path or not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise ValueError(f"--models {entry}: write {EXAMPLE}; a name has letters, digits, - _ and . only")
+            raise Mistake(f"--models {entry}: write {EXAMPLE}; a name has letters, digits, - _ and . only")
         values = {}
         for option in options:
             key, _, value = option.partition("=")
             if key not in OPTIONS:
-                raise ValueError(f"--models {entry}: unknown option `{key}`; known are {', '.join(OPTIONS)}")
+                raise Mistake(f"--models {entry}: unknown option `{key}`; known are {', '.join(OPTIONS)}")
             try:
                 values[key] = OPTIONS[key](value)
             except ValueError:
-                raise ValueError(f"--models {entry}: {key} must be a number, but is `{value}`") from None
+                raise Mistake(f"--models {entry}: {key} must be a number, but is `{value}`") from None
         contender = cls(name, path, **values)
         if (contender.steps is None) != (contender.guidance is None):
-            raise ValueError(f"--models {entry}: steps and guidance belong together, as in steps=25,guidance=4.5")
+            raise Mistake(f"--models {entry}: steps and guidance belong together, as in steps=25,guidance=4.5")
         if contender.steps is not None and (contender.base or contender.timestep is not None):
-            raise ValueError(f"--models {entry}: steps goes without base and timestep")
+            raise Mistake(f"--models {entry}: steps goes without base and timestep")
         if contender.steps is not None and contender.steps < 2:
-            raise ValueError(f"--models {entry}: steps must be at least 2; a one-step model has timestep=...")
+            raise Mistake(f"--models {entry}: steps must be at least 2; a one-step model has timestep=...")
         return contender
 
     def describe(self):
@@ -91,26 +92,26 @@ def check(contender, resolution, cache_dir, trust_remote_code):
     """What can be known before weights load: `Models` of a stock pipeline, or None for a OneStepPipeline.
 
     Raises:
-        ValueError: for a model that is not there, incomplete or not supported, options that it lacks or excludes, a
+        Mistake: for a model that is not there, incomplete or not supported, options that it lacks or excludes, a
             resolution that it cannot make.
     """
     entry = f"--models {contender.name}={contender.path}"
     if contender.base is None:
         if contender.path.endswith(WEIGHT_FILES) or (Path(contender.path) / "config.json").is_file():
-            raise ValueError(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399")
+            raise Mistake(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399")
         index = read_index(contender.path, cache_dir=cache_dir)
         if is_one_step(index):
             if replace(contender, variant=None) != Contender(contender.name, contender.path):
-                raise ValueError(f"{entry} is a OneStepPipeline, which knows its own t*: give no options")
+                raise Mistake(f"{entry} is a OneStepPipeline, which knows its own t*: give no options")
             if not (Path(contender.path).is_dir() or trust_remote_code):
-                raise ValueError(
+                raise Mistake(
                     f"{entry} brings its own pipeline_one_step.py, which would be run: look at it on the Hub, then "
                     "add --trust_remote_code"
                 )
             check_one_step(contender.path, index, resolution, cache_dir)
             return None
         if index["_class_name"] in FAMILIES and contender.steps is None and contender.timestep is None:
-            raise ValueError(
+            raise Mistake(
                 f"{entry} is a {index['_class_name']}: say steps=... and guidance=..., or, if it is a one-step model, "
                 "timestep=..."
             )
@@ -123,13 +124,13 @@ def is_one_step(index):
 
 
 def check_one_step(path, index, resolution, cache_dir):
-    """Raises ValueError if a part of an exported pipeline is missing, or it cannot make the resolution."""
+    """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
     names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
     networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
     denoiser = networks.get("transformer") or networks["unet"]
     multiple = 2 ** (len(networks["vae"].config.block_out_channels) - 1) * denoiser.config.get("patch_size", 1)
     if resolution is not None and (resolution < multiple or resolution % multiple):
-        raise ValueError(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {multiple}")
+        raise Mistake(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {multiple}")
 
 
 def load(contender, models, resolution, cache_dir, dtype, device):

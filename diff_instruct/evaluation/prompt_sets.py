@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.files import open_prompts
 
 
@@ -88,24 +89,24 @@ def load_prompt_set(args):
     """The `PromptSet` that the arguments say; prompts without text are left out.
 
     Raises:
-        ValueError: if they are not there or cannot be downloaded, or there is none; see also `open_prompts`.
+        Mistake: if they are not there or cannot be downloaded, or there is none; see also `open_prompts`.
     """
     source = args.prompts or args.dataset_name
     if args.prompts is not None and args.prompts not in PROMPT_SETS and not Path(args.prompts).exists():
-        raise ValueError(f"--prompts {args.prompts}: neither one of {', '.join(PROMPT_SETS)}, nor a file or folder")
+        raise Mistake(f"--prompts {args.prompts}: neither one of {', '.join(PROMPT_SETS)}, nor a file or folder")
     try:
         rows = read_rows(args)
     except OSError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"the prompts {source} cannot be downloaded ({line}); give a file with --prompts") from None
+        raise Mistake(f"the prompts {source} cannot be downloaded ({line}); give a file with --prompts") from None
     rows = [(text, category) for text, category in rows if text and text.strip()]
     number = DEFAULT_NUMBER.get(args.prompts) if args.num_prompts is None else args.num_prompts
     rows = [rows[i] for i in spread(len(rows), number)]
     if not rows:
-        raise ValueError(f"{source} has no prompts")
+        raise Mistake(f"{source} has no prompts")
     texts, categories = [text for text, _ in rows], [category for _, category in rows]
     has_categories = all(category is not None for category in categories)
     rule = args.mean_over or ("categories" if args.prompts == "hpsv2" else "prompts")
     if rule == "categories" and not has_categories:
-        raise ValueError(f"--mean_over categories: {source} has none; name their column with --category_column")
+        raise Mistake(f"--mean_over categories: {source} has none; name their column with --category_column")
     return PromptSet(source, texts, [str(c) for c in categories] if has_categories else None, rule)

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from diff_instruct.mistake import Mistake
+
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -36,7 +38,7 @@ def remember(folder, settings, models):
         models (`dict`): what is known of each model, by name.
 
     Raises:
-        ValueError: if a setting or a known model has changed since.
+        Mistake: if a setting or a known model has changed since.
     """
     file = Path(folder) / "settings.json"
     now, known = json.loads(json.dumps(settings)), {}  # tuples as lists, as they come back
@@ -46,7 +48,7 @@ def remember(folder, settings, models):
         changed = [key for key in now if now[key] != before["settings"].get(key)]
         changed += [f"model {name}" for name in models if name in known and models[name] != known[name]]
         if changed:
-            raise ValueError(
+            raise Mistake(
                 f"{folder} holds an evaluation with other settings ({', '.join(changed)}): take another --output_dir, "
                 "or delete it"
             )

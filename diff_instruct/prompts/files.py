@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import load_dataset
 
+from diff_instruct.mistake import Mistake
+
 
 FORMATS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HELDOUT_EVERY = 20
@@ -14,16 +16,16 @@ def find_files(path):
     """The prompt files that a path means (itself, or those in a folder), all of one format.
 
     Raises:
-        ValueError: if there are none, or several formats.
+        Mistake: if there are none, or several formats.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"prompts: no such file or folder: {path}")
+        raise Mistake(f"prompts: no such file or folder: {path}")
     files = sorted(f for f in path.iterdir() if f.suffix in FORMATS) if path.is_dir() else [path]
     kinds = sorted({f.suffix for f in files})
     if len(kinds) != 1 or kinds[0] not in FORMATS:
         found = ", ".join(kinds) or "nothing"
-        raise ValueError(f"prompts: {path} must hold files of one of {', '.join(FORMATS)}, but holds {found}")
+        raise Mistake(f"prompts: {path} must hold files of one of {', '.join(FORMATS)}, but holds {found}")
     return [str(f) for f in files]
 
 
@@ -36,7 +38,7 @@ def open_prompts(source, name=None, split="train", column=None, local=False, cac
         category (`str`, *optional*): the column with the prompts' categories.
 
     Raises:
-        ValueError: if there are no rows, no such column, or several and none is named.
+        Mistake: if there are no rows, no such column, or several and none is named.
     """
     if local:
         files = find_files(source)
@@ -45,19 +47,19 @@ def open_prompts(source, name=None, split="train", column=None, local=False, cac
         if files[0].endswith(".tsv"):
             options.update(sep="\t", quoting=csv.QUOTE_NONE)  # a quotation mark in a .tsv is part of the text
         if all(Path(f).stat().st_size == 0 for f in files):
-            raise ValueError(f"{source} is empty: it must hold at least one prompt")
+            raise Mistake(f"{source} is empty: it must hold at least one prompt")
         dataset = load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache_dir, **options)
     else:
         dataset = load_dataset(source, name, split=split, streaming=True, cache_dir=cache_dir)
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"{source} is empty: it must hold at least one prompt")
+        raise Mistake(f"{source} is empty: it must hold at least one prompt")
     if column is None and len(first) == 1:
         column = next(iter(first))
     if column not in first:
-        raise ValueError(f"{source} has no column `{column}`; set --caption_column to one of: {', '.join(first)}")
+        raise Mistake(f"{source} has no column `{column}`; set --caption_column to one of: {', '.join(first)}")
     if category is not None and category not in first:
-        raise ValueError(f"{source} has no column `{category}`; set --category_column to one of: {', '.join(first)}")
+        raise Mistake(f"{source} has no column `{category}`; set --category_column to one of: {', '.join(first)}")
     names = {column: "text"} if category is None else {column: "text", category: "category"}
     dataset = dataset.select_columns(list(names))
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
@@ -77,7 +79,7 @@ def load_prompts(args):
     """(streamed training prompts, list of held-out prompts to judge with), as the arguments say.
 
     Raises:
-        ValueError: see `open_prompts`.
+        Mistake: see `open_prompts`.
     """
     options = {"column": args.caption_column, "cache_dir": args.cache_dir}
     if args.train_prompts is not None:

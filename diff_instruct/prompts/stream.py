@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
+from diff_instruct.mistake import Mistake
+
 
 class PromptStream:
     """An endless, shuffled stream of prompts, this process's share of it, that can be continued exactly.
@@ -30,7 +32,7 @@ class PromptStream:
             if row["text"] and row["text"].strip():
                 return row["text"]
         if self.position == 0:
-            raise ValueError("there are fewer prompts than processes: each process needs at least one")
+            raise Mistake("there are fewer prompts than processes: each process needs at least one")
         self.epoch, self.position, self.iterator = self.epoch + 1, 0, None
         return next(self)
 

@@ -3,6 +3,8 @@
 import torch
 from diffusers import AutoencoderTiny
 
+from diff_instruct.mistake import Mistake
+
 
 class TinyDecoder(torch.nn.Module):
     """Latents x0 of the VAE that it imitates, (B, C, h, w), to pixels (B, 3, H, W), nominally in [0, 1].
@@ -12,7 +14,7 @@ class TinyDecoder(torch.nn.Module):
         latent_channels (`int`): C, of the model that is trained.
 
     Raises:
-        ValueError: if it is not there or made for other latents.
+        Mistake: if it is not there or made for other latents.
     """
 
     def __init__(self, path, latent_channels, cache_dir=None):
@@ -21,12 +23,10 @@ class TinyDecoder(torch.nn.Module):
             self.vae = AutoencoderTiny.from_pretrained(path, cache_dir=cache_dir)
         except OSError as error:
             line = str(error).split("\n")[0]
-            raise ValueError(f"--reward_decoder {path}: no AutoencoderTiny on the Hub or a folder: {line}") from None
+            raise Mistake(f"--reward_decoder {path}: no AutoencoderTiny on the Hub or a folder: {line}") from None
         channels = self.vae.config.latent_channels
         if channels != latent_channels:
-            raise ValueError(
-                f"--reward_decoder {path} decodes {channels} channels; the latents have {latent_channels}"
-            )
+            raise Mistake(f"--reward_decoder {path} decodes {channels} channels; the latents have {latent_channels}")
         self.requires_grad_(False).eval()
 
     def forward(self, x0):

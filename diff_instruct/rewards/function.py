@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.pixels import clamp, full_precision
 
 
@@ -12,7 +13,7 @@ def load_function(spec):
     """The callable that `path/to/file.py:function` names.
 
     Raises:
-        ValueError: if there is no such file or function, or the file cannot be imported.
+        Mistake: if there is no such file or function, or the file cannot be imported.
     """
     path, _, name = spec.rpartition(":")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -21,9 +22,9 @@ def load_function(spec):
         module_spec.loader.exec_module(module)
     except Exception as error:
         line = str(error).split("\n")[0]
-        raise ValueError(f"reward `{spec}`: {path} cannot be imported: {type(error).__name__}: {line}") from error
+        raise Mistake(f"reward `{spec}`: {path} cannot be imported: {type(error).__name__}: {line}") from error
     if not callable(vars(module).get(name)):
-        raise ValueError(f"reward `{spec}`: {path} has no function `{name}`")
+        raise Mistake(f"reward `{spec}`: {path} has no function `{name}`")
     return vars(module)[name]
 
 
@@ -40,27 +41,27 @@ class FunctionReward(torch.nn.Module):
         The function gets them in [0, 1]; pixels outside keep their gradient.
 
         Raises:
-            ValueError: for an output of another shape, without gradient where one is needed, or with NaN or infinity.
+            Mistake: for an output of another shape, without gradient where one is needed, or with NaN or infinity.
         """
         r, shape = self.function(clamp(pixels), prompts), (len(pixels),)
         wanted = f"it must return a tensor of shape {shape}, one score for each image"
         if not isinstance(r, torch.Tensor) or tuple(r.shape) != shape:
             got = f"shape {tuple(r.shape)}" if isinstance(r, torch.Tensor) else type(r).__name__
-            raise ValueError(f"reward `{self.spec}` returned {got}; {wanted}")
+            raise Mistake(f"reward `{self.spec}` returned {got}; {wanted}")
         if torch.is_grad_enabled() and pixels.requires_grad and not r.requires_grad:
-            raise ValueError(
+            raise Mistake(
                 f"reward `{self.spec}` returned scores without gradient; {wanted}, made from the pixels by "
                 "differentiable operations only: no detach(), no torch.no_grad(), no NumPy"
             )
         if not torch.isfinite(r).all():
-            raise ValueError(f"reward `{self.spec}` returned NaN or infinity; {wanted}, and finite")
+            raise Mistake(f"reward `{self.spec}` returned NaN or infinity; {wanted}, and finite")
         return full_precision(r)
 
     def check(self, device, trained):
         """Tries it on two random pictures; if it is trained on, with the gradient.
 
         Raises:
-            ValueError: see `forward`; or if the scores do not depend on the pixels, or their gradient is not finite.
+            Mistake: see `forward`; or if the scores do not depend on the pixels, or their gradient is not finite.
         """
         pixels = torch.rand(2, 3, 224, 224, device=device, requires_grad=trained)
         with torch.set_grad_enabled(trained):
@@ -68,6 +69,6 @@ class FunctionReward(torch.nn.Module):
         if trained:
             (gradient,) = torch.autograd.grad(r.sum(), pixels, allow_unused=True)
             if gradient is None:
-                raise ValueError(f"reward `{self.spec}` returned scores that do not depend on the pixels")
+                raise Mistake(f"reward `{self.spec}` returned scores that do not depend on the pixels")
             if not torch.isfinite(gradient).all():
-                raise ValueError(f"reward `{self.spec}` has a gradient with NaN or infinity in it")
+                raise Mistake(f"reward `{self.spec}` has a gradient with NaN or infinity in it")

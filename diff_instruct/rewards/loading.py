@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.aesthetic import Aesthetic
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.clip import ClipScore
@@ -39,55 +40,55 @@ REWARDS = {
 
 
 def check_reward(spec):
-    """Raises ValueError for a reward that does not exist, before anything is loaded."""
+    """Raises Mistake for a reward that does not exist, before anything is loaded."""
     file, is_file, _ = spec.partition(".py:")
     if is_file and not Path(f"{file}.py").is_file():
-        raise ValueError(f"reward `{spec}`: no such file: {file}.py")
+        raise Mistake(f"reward `{spec}`: no such file: {file}.py")
     if not is_file and spec not in REWARDS:
-        raise ValueError(
+        raise Mistake(
             f"unknown reward `{spec}`; known are {', '.join(REWARDS)}, or your own as path/to/file.py:function"
         )
 
 
 def check_scorers(specs, checkpoints):
-    """Raises ValueError for rewards that do not exist or have one name, or `--reward_checkpoint` entries without a
+    """Raises Mistake for rewards that do not exist or have one name, or `--reward_checkpoint` entries without a
     file, before anything is loaded."""
     for spec in specs:
         check_reward(spec)
     names = [short_name(spec) for spec in specs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"reward `{twice[0]}` is given twice; all that are trained, held out or reported must differ")
+        raise Mistake(f"reward `{twice[0]}` is given twice; all that are trained, held out or reported must differ")
     for name, path in parse_pairs("reward_checkpoint", checkpoints).items():
         if name not in REWARDS:
-            raise ValueError(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(REWARDS)}")
+            raise Mistake(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(REWARDS)}")
         if not Path(path).exists():
-            raise ValueError(f"--reward_checkpoint {name}={path}: no such file or folder")
+            raise Mistake(f"--reward_checkpoint {name}={path}: no such file or folder")
 
 
 def check_rewards(args):
-    """Raises ValueError for the reward arguments that cannot work, before anything is loaded."""
+    """Raises Mistake for the reward arguments that cannot work, before anything is loaded."""
     trained = [parse_reward(entry)[0] for entry in args.reward]
     heldout = args.heldout_reward or []
     check_scorers([*trained, *heldout], args.reward_checkpoint)
     for name, cap in parse_pairs("reward_cap", args.reward_cap).items():
         if name not in map(short_name, trained):
-            raise ValueError(f"--reward_cap: `{name}` is not in --reward")
+            raise Mistake(f"--reward_cap: `{name}` is not in --reward")
         try:
             float(cap)
         except ValueError:
-            raise ValueError(f"--reward_cap {name}={cap}: the cap must be a number") from None
+            raise Mistake(f"--reward_cap {name}={cap}: the cap must be a number") from None
     if args.reward_warmup_steps < 0 or args.heldout_patience < 0:
-        raise ValueError("--reward_warmup_steps and --heldout_patience must not be negative")
+        raise Mistake("--reward_warmup_steps and --heldout_patience must not be negative")
     if args.heldout_patience and not (heldout and args.validation_steps):
-        raise ValueError("--heldout_patience needs a --heldout_reward, and --validation_steps to judge it at")
+        raise Mistake("--heldout_patience needs a --heldout_reward, and --validation_steps to judge it at")
 
 
 def load_reward(spec, path=None, cache_dir=None, trained=True, device="cpu", dtype=torch.float32):
     """The reward of this name, frozen, on `device` in `dtype`; a user's own function is tried on random pictures.
 
     Raises:
-        ValueError: for an unknown reward, a checkpoint that is not there or incomplete, a function that cannot work.
+        Mistake: for an unknown reward, a checkpoint that is not there or incomplete, a function that cannot work.
     """
     check_reward(spec)
     if ".py:" not in spec:

@@ -2,12 +2,14 @@
 
 import math
 
+from diff_instruct.mistake import Mistake
+
 
 def parse_reward(entry):
     """(spec, weight) of `name[:weight]` or `path/to/file.py:function[:weight]`.
 
     Raises:
-        ValueError: for a weight that is no number.
+        Mistake: for a weight that is no number.
     """
     file, is_file, rest = entry.partition(".py:")
     name, has_weight, weight = (rest if is_file else entry).partition(":")
@@ -17,7 +19,7 @@ def parse_reward(entry):
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise ValueError(f"--reward {entry}: after the colon comes a number, as in image_reward:0.5")
+        raise Mistake(f"--reward {entry}: after the colon comes a number, as in image_reward:0.5")
     return spec, weight
 
 
@@ -30,9 +32,9 @@ def parse_pairs(flag, entries):
     """`dict` of `name=value` entries.
 
     Raises:
-        ValueError: for an entry without an equals sign.
+        Mistake: for an entry without an equals sign.
     """
     for entry in entries or []:
         if "=" not in entry:
-            raise ValueError(f"--{flag} {entry}: write name=value")
+            raise Mistake(f"--{flag} {entry}: write name=value")
     return dict(entry.split("=", 1) for entry in entries or [])

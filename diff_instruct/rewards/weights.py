@@ -11,11 +11,13 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
+from diff_instruct.mistake import Mistake
+
 
 def missing(name, what, repo, reason):
     """The error for a checkpoint that is not at hand."""
     reason = str(reason).split("\n")[0].strip()
-    return ValueError(
+    return Mistake(
         f"reward `{name}` needs {what} from https://huggingface.co/{repo}, which cannot be had ({reason}) "
         f"Download it and give its place: --reward_checkpoint {name}=PATH"
     )
@@ -25,7 +27,7 @@ def find(name, path, repo, filename, cache_dir=None):
     """The file `filename`: `path` itself or in the folder `path`; without a path, from the Hub.
 
     Raises:
-        ValueError: if it is not there.
+        Mistake: if it is not there.
     """
     if path is None:
         try:
@@ -35,7 +37,7 @@ def find(name, path, repo, filename, cache_dir=None):
     path = Path(path)
     file = path / filename if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"--reward_checkpoint {name}={path}: no file {file}; {filename} is from {repo} on the Hub")
+        raise Mistake(f"--reward_checkpoint {name}={path}: no file {file}; {filename} is from {repo} on the Hub")
     return file
 
 
@@ -43,21 +45,21 @@ def read(file):
     """The tensors of a safetensors file, or of a pickle that holds nothing else.
 
     Raises:
-        ValueError: for a pickle with code in it, or a damaged file.
+        Mistake: for a pickle with code in it, or a damaged file.
     """
     if Path(file).suffix == ".safetensors":
         return load_file(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged or holds more than tensors ({str(error).splitlines()[0]})") from None
+        raise Mistake(f"{file} is damaged or holds more than tensors ({str(error).splitlines()[0]})") from None
 
 
 def check_state(expected, state, source):
-    """Raises ValueError if a tensor of `expected` is missing in `state` or has another shape; more may be there."""
+    """Raises Mistake if a tensor of `expected` is missing in `state` or has another shape; more may be there."""
     wrong = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
     if wrong:
-        raise ValueError(
+        raise Mistake(
             f"{source} is no such checkpoint: {len(wrong)} of {len(expected)} tensors are missing or have another "
             f"shape, among them {wrong[0]}"
         )
@@ -67,7 +69,7 @@ def network(cls, config, state, source, **options):
     """One of transformers' networks with these weights, in float32; no random weights are drawn first.
 
     Raises:
-        ValueError: see `check_state`.
+        Mistake: see `check_state`.
     """
     with torch.device("meta"):
         expected = cls(config, **options).state_dict()
@@ -80,10 +82,10 @@ def clip_network(name, path, repo, cache_dir=None):
     """A `CLIPModel` from a folder in transformers' format, or from the Hub, in float32.
 
     Raises:
-        ValueError: if it is not there, is incomplete, or `path` is a file.
+        Mistake: if it is not there, is incomplete, or `path` is a file.
     """
     if path is not None and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"--reward_checkpoint {name}={path}: give the folder of a copy of {repo}, with config.json")
+        raise Mistake(f"--reward_checkpoint {name}={path}: give the folder of a copy of {repo}, with config.json")
     try:
         model, report = CLIPModel.from_pretrained(
             path or repo, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True
@@ -91,7 +93,7 @@ def clip_network(name, path, repo, cache_dir=None):
     except OSError as error:
         raise missing(name, "the CLIPModel", repo, error) from None
     if report["missing_keys"]:
-        raise ValueError(f"{path or repo} is incomplete: {len(report['missing_keys'])} tensors of the CLIPModel lack")
+        raise Mistake(f"{path or repo} is incomplete: {len(report['missing_keys'])} tensors of the CLIPModel lack")
     return model
 
 
@@ -99,7 +101,7 @@ def load_tokenizer(cls, name, path, repo, cache_dir=None):
     """The tokenizer in the checkpoint's folder if there is one, otherwise that of `repo` on the Hub.
 
     Raises:
-        ValueError: if neither is there.
+        Mistake: if neither is there.
     """
     folder = None if path is None else Path(path) if Path(path).is_dir() else Path(path).parent
     local = folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
 from diff_instruct.rewards.loading import REWARDS, check_rewards
 from diff_instruct.training.methods import PRESETS
@@ -200,7 +201,7 @@ def parse_args(input_args=None):
     """Parse and check.
 
     Raises:
-        ValueError: one line that says what to do, for a mistake that can be seen without loading a model.
+        Mistake: one line that says what to do, for a mistake that can be seen without loading a model.
     """
     parser = build_parser()
     given = parser.parse_args(input_args)
@@ -223,65 +224,63 @@ def trackable(args):
 
 
 def check_args(args):
-    """Raises ValueError, in one line, for arguments that cannot work together or files that are not there."""
+    """Raises Mistake, in one line, for arguments that cannot work together or files that are not there."""
     if (args.dataset_name is None) == (args.train_prompts is None):
-        raise ValueError("give either --dataset_name or --train_prompts (a file or folder of prompts)")
+        raise Mistake("give either --dataset_name or --train_prompts (a file or folder of prompts)")
     for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "lora_rank", "ta_lora_rank"):
         if getattr(args, name) < 0:
-            raise ValueError(f"--{name} must not be negative")
+            raise Mistake(f"--{name} must not be negative")
     if args.reward_batch_size is not None and args.reward_batch_size < 1:
-        raise ValueError("--reward_batch_size must be at least 1")
+        raise Mistake("--reward_batch_size must be at least 1")
     at_least_one = ("ta_steps", "train_batch_size", "gradient_accumulation_steps", "num_eval_prompts", "logging_steps")
     for name in (*at_least_one, "diffused_reward_steps"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+            raise Mistake(f"--{name} must be at least 1")
     if args.num_eval_images < 2:
-        raise ValueError("--num_eval_images must be at least 2: diversity is measured between images of one prompt")
+        raise Mistake("--num_eval_images must be at least 2: diversity is measured between images of one prompt")
     for name in ("learning_rate", "ta_learning_rate"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name} must be positive")
+            raise Mistake(f"--{name} must be positive")
     if args.huber_c <= 0:
-        raise ValueError("--huber_c must be positive: at 0 the distance has no gradient where the scores agree")
+        raise Mistake("--huber_c must be positive: at 0 the distance has no gradient where the scores agree")
     if args.divergence == "score" and args.reward_mode == "diffused":
-        raise ValueError(
-            "--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives"
-        )
+        raise Mistake("--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives")
     if not 0 <= args.min_timestep < args.max_timestep <= 1:
-        raise ValueError("need 0 <= --min_timestep < --max_timestep <= 1")
+        raise Mistake("need 0 <= --min_timestep < --max_timestep <= 1")
     check_tracker(args.report_to)
     check_steps(args)
     check_rewards(args)
     for name in ("train_prompts", "eval_prompts"):
         path = getattr(args, name)
         if path is not None and not Path(path).exists():
-            raise ValueError(f"--{name}: no such file or folder: {path}")
+            raise Mistake(f"--{name}: no such file or folder: {path}")
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
+        raise Mistake(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
     if not os.access(args.output_dir, os.W_OK):
-        raise ValueError(f"--output_dir {args.output_dir} is not writable")
+        raise Mistake(f"--output_dir {args.output_dir} is not writable")
 
 
 def check_tracker(name):
-    """Raises ValueError for a tracker that is unknown or not installed: accelerate would log nothing, silently."""
+    """Raises Mistake for a tracker that is unknown or not installed: accelerate would log nothing, silently."""
     if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
         return
     if name in LoggerType.list():
-        raise ValueError(f"--report_to {name}: its package is missing: pip install {name}")
-    raise ValueError(f"--report_to {name}: take tensorboard, wandb, trackio, all or none")
+        raise Mistake(f"--report_to {name}: its package is missing: pip install {name}")
+    raise Mistake(f"--report_to {name}: take tensorboard, wandb, trackio, all or none")
 
 
 def check_steps(args):
-    """Raises ValueError, in one line, for --generator_steps and --timestep that cannot be, whatever the generator."""
+    """Raises Mistake, in one line, for --generator_steps and --timestep that cannot be, whatever the generator."""
     if args.generator_steps is not None and not 1 <= args.generator_steps <= MAX_STEPS:
-        raise ValueError(f"--generator_steps must be 1 to {MAX_STEPS}, but is {args.generator_steps}")
+        raise Mistake(f"--generator_steps must be 1 to {MAX_STEPS}, but is {args.generator_steps}")
     if args.timestep is None:
         return
     n, named = len(args.timestep), " ".join(map(str, args.timestep))
     if n > MAX_STEPS:
-        raise ValueError(f"--timestep {named} are {n} steps, but the generator takes at most {MAX_STEPS}")
+        raise Mistake(f"--timestep {named} are {n} steps, but the generator takes at most {MAX_STEPS}")
     if n > 1 and args.generator_steps not in (None, n):
-        raise ValueError(f"--timestep {named} are {n} steps, but --generator_steps is {args.generator_steps}")
+        raise Mistake(f"--timestep {named} are {n} steps, but --generator_steps is {args.generator_steps}")
     if any(later >= t for t, later in zip(args.timestep, args.timestep[1:])):
-        raise ValueError(f"--timestep {named} must descend: the first step is the one with the most noise")
+        raise Mistake(f"--timestep {named} must descend: the first step is the one with the most noise")

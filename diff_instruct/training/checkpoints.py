@@ -10,6 +10,8 @@ from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diff_instruct.mistake import Mistake
+
 
 def list_checkpoints(output_dir):
     """Finished checkpoints, oldest first; one that was interrupted while it was written has another name."""
@@ -21,17 +23,17 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
     """The folder that `--resume_from_checkpoint` (a path, or "latest" in the output folder) means.
 
     Raises:
-        ValueError: if there is none.
+        Mistake: if there is none.
     """
     if resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(output_dir)
         if not checkpoints:
-            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}")
+            raise Mistake(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}")
         return checkpoints[-1]
     for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
         if (path / "loop-0.json").is_file():
             return path
-    raise ValueError(f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint")
+    raise Mistake(f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint")
 
 
 def save_trained_weights_only(accelerator):
@@ -54,7 +56,7 @@ def save_trained_weights_only(accelerator):
         for i, model in enumerate(models):
             state = load_file(Path(input_dir) / (f"model_{i}.safetensors" if i else "model.safetensors"))
             if state.keys() != trained_names(model):
-                raise ValueError(f"{input_dir} was written with other networks or another --ta_lora_rank")
+                raise Mistake(f"{input_dir} was written with other networks or another --ta_lora_rank")
             accelerator.unwrap_model(model).load_state_dict(state, strict=False)
         models.clear()
 

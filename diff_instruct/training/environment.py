@@ -5,22 +5,22 @@ import os
 import torch
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
+from diff_instruct.mistake import Mistake
+
 
 def check_accelerations(args, device):
     """Options that need a package or a GPU.
 
     Raises:
-        ValueError: in one line, if it is not there.
+        Mistake: in one line, if it is not there.
     """
     if args.use_8bit_adam and not is_bitsandbytes_available():
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+        raise Mistake("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     if args.enable_xformers_memory_efficient_attention:
         if not is_xformers_available():
-            raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+            raise Mistake("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
         if device.type != "cuda":
-            raise ValueError(
-                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, but this is {device.type}"
-            )
+            raise Mistake(f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, but this is {device.type}")
 
 
 def usable_cores():
