@@ -132,14 +132,14 @@ def judge(places, prompts, draw, shape, scorers, args, meter):
     with meter:
         pixels = draw(texts, n, z, rngs)
     each = [text for text in texts for _ in range(n)]
-    read = {name: set(s.cut_prompts) for name, s in scorers.items() if isinstance(s, Scorer)}
+    read = {name: set(s.truncated_prompts) for name, s in scorers.items() if isinstance(s, Scorer)}
     scores = {name: scorer(pixels, each).float().reshape(-1, n).tolist() for name, scorer in scorers.items()}
     by, features = first_features(scorers)
     if n > 1:
         scores["diversity"] = [float(diversity(f)) for f in features(pixels).split(n)]
-    cut = {name: sorted(scorers[name].cut_prompts - before) for name, before in read.items()}
+    cut = {name: sorted(scorers[name].truncated_prompts - before) for name, before in read.items()}
     measured = {"seconds_per_image": meter.seconds / len(each), "gib": meter.gib}
-    return {"scores": scores, **measured, "cut": cut, "diversity_by": by, "latent_shape": list(shape)}, pixels
+    return {"scores": scores, **measured, "truncated": cut, "diversity_by": by, "latent_shape": list(shape)}, pixels
 
 
 def save_pictures(pixels, places, n, folder, rows):

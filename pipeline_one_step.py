@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-step text-to-image pipeline: one evaluation of a diffusion network at one fixed timestep t*.
 
 A generator that was trained for it takes a few such steps, one evaluation at each of several fixed timesteps.
@@ -14,40 +15,138 @@ import inspect
 import json
 import os
 import shutil
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def predict_x0(output, x_t, alpha, sigma, prediction_type):
-    """The network's estimate x̂0 of the clean latents, in float32.
+class Schedule:
+    """The forward process x_t = α_t x0 + σ_t ε of a scheduler, and the conversions of what networks predict.
 
-    Args:
-        output, x_t (`torch.Tensor`, (B, C, H, W)): what the network returned, and what it was given.
-        alpha, sigma (`torch.Tensor`, broadcastable to x_t): x_t = alpha x0 + sigma eps.
-        prediction_type (`str`): "epsilon", "sample" or "v_prediction", as in diffusers' scheduler configs.
+    Variance-preserving (schedulers with betas): α_t² = ᾱ_t, σ_t² = 1 − ᾱ_t, t in 0 .. T − 1; networks predict ε
+    (`epsilon`), x0 (`sample`) or α ε − σ x0 (`v_prediction`).
+    Flow matching ([`FlowMatchEulerDiscreteScheduler`]): α_t = 1 − t/T, σ_t = t/T, t in 1 .. T; networks predict
+    ε − x0 (`flow`).
+
+    Attributes:
+        first, last (`int`): the timesteps that a generator may be evaluated at.
 
     Raises:
         ValueError: for another prediction type.
     """
-    output, x_t = output.float(), x_t.float()
-    if prediction_type == "epsilon":
-        return (x_t - sigma * output) / alpha
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "v_prediction":
-        return alpha * x_t - sigma * output
-    raise ValueError(f"prediction_type `{prediction_type}` is not one of epsilon, sample, v_prediction")
+
+    def __init__(self, scheduler, device="cpu"):
+        self.steps = scheduler.config.num_train_timesteps
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            self.sigmas = torch.arange(self.steps + 1, dtype=torch.float32) / self.steps
+            self.alphas, self.prediction_type = 1 - self.sigmas, "flow"
+            self.first, self.last = 1, self.steps
+        else:
+            alphas_cumprod = scheduler.alphas_cumprod.float()
+            self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+            self.prediction_type = scheduler.config.prediction_type
+            self.first, self.last = 0, self.steps - 1
+        if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
+            raise ValueError(f"prediction_type `{self.prediction_type}` is not one of epsilon, sample, v_prediction")
+        self.alphas, self.sigmas = self.alphas.to(device), self.sigmas.to(device)
+
+    def __call__(self, t):
+        """α_t and σ_t, each (B, 1, 1, 1), of integer timesteps t (B,)."""
+        if self.alphas.device != t.device:
+            self.alphas, self.sigmas = self.alphas.to(t.device), self.sigmas.to(t.device)
+        return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
+
+    def timesteps(self, u, low, high):
+        """π(t): t uniform on the integers of [low·T, high·T], both ends included, from u ~ U[0, 1), (B,).
+
+        The ends where α or σ is 0 are left out: scores and weightings are infinite there.
+        """
+        first, last = max(round(low * self.steps), self.first), min(round(high * self.steps), self.steps - 1)
+        return first + (u * (last - first + 1)).long().to(self.alphas.device)
+
+    def add_noise(self, x0, eps, t):
+        """x_t = α_t x0 + σ_t ε, all (B, C, H, W)."""
+        alpha, sigma = self(t)
+        return alpha * x0 + sigma * eps
+
+    def x0(self, output, x_t, t):
+        """The network's output to its estimate x̂0 of the clean latents, (B, C, H, W), float32."""
+        (alpha, sigma), output, x_t = self(t), output.float(), x_t.float()
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * output) / alpha
+        if self.prediction_type == "sample":
+            return output
+        if self.prediction_type == "v_prediction":
+            return alpha * x_t - sigma * output
+        return x_t - sigma * output
+
+    def epsilon(self, output, x_t, t):
+        """The network's output to its estimate ε̂ of the noise, (B, C, H, W), float32."""
+        (alpha, sigma), output, x_t = self(t), output.float(), x_t.float()
+        if self.prediction_type == "epsilon":
+            return output
+        if self.prediction_type == "flow":
+            return x_t + alpha * output
+        return (x_t - alpha * self.x0(output, x_t, t)) / sigma
+
+    def loss_weight(self, t):
+        """λ(t), (B, 1, 1, 1), of ‖ε̂ − ε‖² in the loss of a network of this kind: 1; for flow matching 1/α_t², which
+        makes it the plain loss ‖v̂ − v‖² (an unweighted one leaves the high noise levels, where x0 is made, unlearnt).
+        """
+        alpha, _ = self(t)
+        return 1 / alpha**2 if self.prediction_type == "flow" else torch.ones_like(alpha)
 
 
-class PixArtAlpha:
+class Grid(NamedTuple):
+    """The latents of a model: C channels, a side of 1/`factor` of the image's; the image's side must be a multiple of
+    `multiple` and is by default `side` (pixels)."""
+
+    channels: int
+    factor: int
+    multiple: int
+    side: int
+
+
+class Family:
+    """What tells one family of models from another; a stock pipeline's class name finds its own in `FAMILIES`."""
+
+    conditions = {}  # what c consists of, and the arguments of the pipeline that give it
+    max_sequence_length = None  # tokens that prompts are cut to, where the tokenizer does not say
+    embedded_guidance = None  # of networks that take a guidance scale as an input: the stock's
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        """c, a `dict` of tensors with B rows, of a list of B prompts."""
+        raise NotImplementedError
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        """The network's output (B, C, H, W) for x_t (B, C, H, W), in its own dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def grid(network, vae):
+        """The [`Grid`] of the configs of network and VAE."""
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        return Grid(network.in_channels, factor, factor * network.get("patch_size", 1), network.sample_size * factor)
+
+    @staticmethod
+    def decode(pipe, x0):
+        """The VAE's pixels (B, 3, H, W), nominally in [−1, 1]."""
+        config = pipe.vae.config
+        latents = x0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+
+
+class PixArtAlpha(Family):
     """PixArt-α: a transformer with learned sigma that attends to T5's states, under their mask."""
 
-    # What c consists of, and the arguments of the pipeline that give it.
+    max_sequence_length = 120
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
 
     @staticmethod
@@ -62,7 +161,7 @@ class PixArtAlpha:
     def denoise(pipe, network, x_t, t, c):
         micro = {"resolution": None, "aspect_ratio": None}
         if pipe.denoiser.config.sample_size == 128:  # PixArt-α at 1024 pixels is also conditioned on the size
-            height, width = (n * pipe.vae_scale_factor for n in x_t.shape[-2:])
+            height, width = (n * pipe.grid.factor for n in x_t.shape[-2:])
             size = torch.tensor([[height, width]], dtype=x_t.dtype, device=x_t.device)
             ratio = torch.tensor([[height / width]], dtype=x_t.dtype, device=x_t.device)
             micro = {"resolution": size.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}
@@ -77,7 +176,7 @@ class PixArtAlpha:
         return output[:, : x_t.shape[1]]  # the rest is the learned sigma
 
 
-class StableDiffusion:
+class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: a UNet that attends to all of CLIP's states, without a mask."""
 
     conditions = {"encoder_hidden_states": "prompt_embeds"}
@@ -92,7 +191,7 @@ class StableDiffusion:
         return network(x_t, t, encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype), return_dict=False)[0]
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(Family):
     """SDXL: a UNet that attends to the states of two CLIPs, and is conditioned on a pooled one and on the size."""
 
     conditions = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
@@ -111,7 +210,7 @@ class StableDiffusionXL:
 
     @staticmethod
     def denoise(pipe, network, x_t, t, c):
-        height, width = (n * pipe.vae_scale_factor for n in x_t.shape[-2:])
+        height, width = (n * pipe.grid.factor for n in x_t.shape[-2:])
         size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x_t.device)
         return network(
             x_t,
@@ -120,6 +219,21 @@ class StableDiffusionXL:
             added_cond_kwargs={"text_embeds": c["text_embeds"].to(x_t.dtype), "time_ids": size.repeat(len(x_t), 1)},
             return_dict=False,
         )[0]
+
+
+FAMILIES = {
+    "PixArtAlphaPipeline": PixArtAlpha,
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+}
+
+
+def family_of(transformer, unet):
+    """The class name of the stock pipeline, for exports that do not name it: they are of one of three families."""
+    if transformer is not None:
+        return "PixArtAlphaPipeline"
+    sdxl = unet.config.addition_embed_type == "text_time"
+    return "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
 
 
 class OneStepPipeline(DiffusionPipeline):
@@ -136,15 +250,19 @@ class OneStepPipeline(DiffusionPipeline):
     Args:
         tokenizer, text_encoder: turn the prompt into the conditioning c: T5 for PixArt-α, CLIP for Stable Diffusion.
         tokenizer_2, text_encoder_2: SDXL's second CLIP.
-        vae ([`AutoencoderKL`]): decodes latents to pixels.
-        transformer ([`PixArtTransformer2DModel`]), unet ([`UNet2DConditionModel`]): the generator, one of the two.
-        scheduler ([`DDPMScheduler`]): holds the noise schedule and the prediction type; it is not stepped here.
+        vae: decodes latents to pixels.
+        transformer, unet: the generator, one of the two.
+        scheduler: holds the noise schedule and the prediction type; it is not stepped here.
         timestep (`int` or `list[int]`): t*, the timestep at which the generator was trained; or n descending ones.
-        max_sequence_length (`int`, defaults to 120): T5's prompts are cut to this number of tokens.
+        family (`str`): class name of the stock pipeline, a key of `FAMILIES`; exports that name none are PixArt-α,
+            Stable Diffusion or SDXL.
+        input_noise (`str`, defaults to "unit"): what enters at t*: z ("unit"), or σ_t z ("scaled"), as ComfyUI and
+            SIM's checkpoints have it. The same thing at σ = 1.
+        max_sequence_length (`int`, defaults to the family's): prompts are cut to this number of tokens.
 
     Raises:
-        ValueError: if t* is missing or lies outside the schedule, several do not descend, or not just one network is
-            given.
+        ValueError: if t* is missing or lies outside the schedule, several do not descend, not just one network is
+            given, or a config value is unknown.
     """
 
     _optional_components = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "unet"]
@@ -156,12 +274,14 @@ class OneStepPipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel,
         tokenizer_2: PreTrainedTokenizerBase,
         text_encoder_2: PreTrainedModel,
-        vae: AutoencoderKL,
-        transformer: PixArtTransformer2DModel,
-        unet: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
+        vae: ModelMixin,
+        transformer: ModelMixin,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
         timestep: int | list[int] = None,
-        max_sequence_length: int = 120,
+        family: str = None,
+        input_noise: str = "unit",
+        max_sequence_length: int = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -176,41 +296,45 @@ class OneStepPipeline(DiffusionPipeline):
             unet=unet,
             scheduler=scheduler,
         )
-        self.register_to_config(timestep=timestep, max_sequence_length=max_sequence_length)
-        last = scheduler.config.num_train_timesteps - 1
+        family = family or family_of(transformer, unet)
+        if family not in FAMILIES:
+            raise ValueError(f"OneStepPipeline knows no family {family}; it knows {', '.join(FAMILIES)}")
+        if input_noise not in ("unit", "scaled"):
+            raise ValueError(f"input_noise must be unit or scaled, but is {input_noise}")
+        self.family, self.schedule = FAMILIES[family], Schedule(scheduler)
+        self.register_to_config(
+            timestep=timestep,
+            family=family,
+            input_noise=input_noise,
+            max_sequence_length=max_sequence_length or self.family.max_sequence_length,
+        )
+        first, last = self.schedule.first, self.schedule.last
         self.timesteps = list(timestep) if isinstance(timestep, (list, tuple)) else [timestep]
-        if not self.timesteps or not all(t is not None and 0 <= t <= last for t in self.timesteps):
-            raise ValueError(f"OneStepPipeline needs the generator's timestep t* in 0..{last}, but got {timestep}")
+        if not self.timesteps or not all(t is not None and first <= t <= last for t in self.timesteps):
+            raise ValueError(
+                f"OneStepPipeline needs the generator's timestep t* in {first}..{last}, but got {timestep}"
+            )
         if any(later >= t for t, later in zip(self.timesteps, self.timesteps[1:])):
             raise ValueError(f"the timesteps of OneStepPipeline must descend, but are {timestep}")
-        if transformer is not None:
-            self.family = PixArtAlpha
-        else:
-            self.family = StableDiffusionXL if unet.config.addition_embed_type == "text_time" else StableDiffusion
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.grid = self.family.grid(self.denoiser.config, vae.config)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.grid.factor)
 
     @property
     def denoiser(self):
         """The generator's network: the transformer or the UNet."""
         return self.unet if self.transformer is None else self.transformer
 
-    @property
-    def sample_size(self):
-        """Height and width, in pixels, of the images that the generator was trained for."""
-        return self.denoiser.config.sample_size * self.vae_scale_factor
-
     def latent_shape(self, height=None, width=None):
-        """(C, H / f, W / f) of the latents of one image.
+        """(C, H / f, W / f) of the latents of one image; by default, of the size that the generator was trained for.
 
         Raises:
-            ValueError: if the VAE's downsampling, times the transformer's patch, does not divide height and width.
+            ValueError: if height and width are no multiples of what latents and patches need.
         """
-        height, width = height or self.sample_size, width or self.sample_size
-        multiple = self.vae_scale_factor * (1 if self.transformer is None else self.transformer.config.patch_size)
-        if height % multiple or width % multiple:
-            raise ValueError(f"height and width must be multiples of {multiple}, but are {height} and {width}")
-        return self.denoiser.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        grid = self.grid
+        height, width = height or grid.side, width or grid.side
+        if height % grid.multiple or width % grid.multiple:
+            raise ValueError(f"height and width must be multiples of {grid.multiple}, but are {height} and {width}")
+        return grid.channels, height // grid.factor, width // grid.factor
 
     def encode_prompt(self, prompt):
         """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
@@ -235,15 +359,9 @@ class OneStepPipeline(DiffusionPipeline):
         """
         return self.family.denoise(self, network, x_t.to(next(network.parameters()).dtype), t, c).float()
 
-    def alpha_sigma(self, t):
-        """α_t and σ_t, each (B, 1, 1, 1), of timesteps t (B,)."""
-        alphas_cumprod = self.scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
-        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-
     def estimate(self, network, x_t, t, c):
         """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
-        output = self.denoise(network, x_t, t, c)
-        return predict_x0(output, x_t, *self.alpha_sigma(t), self.scheduler.config.prediction_type)
+        return self.schedule.x0(self.denoise(network, x_t, t, c), x_t, t)
 
     def generate(self, network, z, c, noise=(), step=None):
         """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this.
@@ -252,7 +370,7 @@ class OneStepPipeline(DiffusionPipeline):
 
         Args:
             network: as in `denoise`.
-            z (`torch.Tensor`, (B, C, H, W)): unit noise, x_t of the first timestep.
+            z (`torch.Tensor`, (B, C, H, W)): unit noise; x_t of the first timestep is z, or σ_t z (`input_noise`).
             c (`dict`): conditioning from `encode_prompt`.
             noise (`torch.Tensor`, (n − 1, B, C, H, W), or a list): unit noise ε of each further step; none if n = 1.
             step (`torch.Tensor`, (B,), int64, *optional*): the step, in 0..n − 1, whose x0 each sample returns, for
@@ -266,20 +384,24 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(f"the generator takes {further} further step(s), but has `noise` for {len(noise)}")
         x_t, t = z, torch.full((len(z),), self.timesteps[0], dtype=torch.int64, device=z.device)
         step = torch.full_like(t, further) if step is None else step
+        if self.config.input_noise == "scaled":
+            x_t = self.schedule(t)[1] * z
         for i in range(1, len(self.timesteps)):  # a sample that has reached its step stays where it is
             with torch.no_grad():
                 x0 = self.estimate(network, x_t, t, c)
             t = torch.where(step >= i, self.timesteps[i], t)
-            alpha, sigma = self.alpha_sigma(t)
-            x_t = torch.where((step >= i).view(-1, 1, 1, 1), alpha * x0 + sigma * noise[i - 1], x_t)
+            x_t = torch.where((step >= i).view(-1, 1, 1, 1), self.schedule.add_noise(x0, noise[i - 1], t), x_t)
         return self.estimate(network, x_t, t, c)
 
     def decode(self, x0):
         """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
+        if upcast:
             self.vae.float()  # SDXL's overflows in half precision
-        latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+        pixels = self.family.decode(self, x0).float() / 2 + 0.5
+        if upcast:
+            self.vae.half()
+        return pixels
 
     @torch.no_grad()
     def __call__(
@@ -336,7 +458,7 @@ class OneStepPipeline(DiffusionPipeline):
         else:
             c = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
         c = {k: v.to(device).repeat_interleave(num_images_per_prompt, dim=0) for k, v in c.items()}
-        shape = (len(c["encoder_hidden_states"]), *shape)
+        shape = (len(next(iter(c.values()))), *shape)
 
         random = {"generator": generator, "device": device, "dtype": self.denoiser.dtype}
         if latents is None:

@@ -9,34 +9,28 @@ arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teachin
 import gc
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import ProjectConfiguration, set_seed
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diff_instruct.evaluation.judge import diversity_features, evaluate
-from diff_instruct.evaluation.noise import fixed_noise
-from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw, draw_reference, image_grid
+from diff_instruct.evaluation.judge import Judge, diversity_features
+from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid
 from diff_instruct.evaluation.statistics import compare
-from diff_instruct.export.card import figure_names
-from diff_instruct.export.export import export
+from diff_instruct.export.card import base_license, figure_names
+from diff_instruct.export.export import create_repository, export, upload
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.loading import load_generator, load_reference, null_condition
-from diff_instruct.models.lora import checkpoint_block, trainable
+from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import plan, table
-from diff_instruct.models.schedule import NoiseSchedule
-from diff_instruct.models.sources import read_models
-from diff_instruct.models.teaching_assistant import frozen, make_teaching_assistant, reference_mode
+from diff_instruct.models.sources import models_of
 from diff_instruct.objectives import (
+    Estimates,
     denoise,
-    denoising_loss,
     diffused_reward_gradient,
-    guide,
     ikl_gradient,
     reward_gradient,
     score_gradient,
@@ -46,36 +40,94 @@ from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.files import load_prompts
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
-from diff_instruct.rewards.loading import cut_prompts, load_heldout, load_mix
+from diff_instruct.rewards.loading import load_heldout, load_mix, truncated_prompts
 from diff_instruct.training.arguments import parse_args, trackable
 from diff_instruct.training.brakes import validations_since_best, warmed_up
-from diff_instruct.training.checkpoints import (
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_trained_weights_only,
-)
-from diff_instruct.training.ema import averaged, ema_decay
-from diff_instruct.training.environment import check_accelerations, use_cores
-from diff_instruct.training.history import History, log_images
-from diff_instruct.training.optimizer import Stepper, make_optimizer
+from diff_instruct.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diff_instruct.training.ema import ema_decay
+from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
+from diff_instruct.training.history import Averages, History, Speed, log_images
+from diff_instruct.training.optimizer import Trained
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
+
+
+class Batch(NamedTuple):
+    """What one pass draws: B prompts and their conditioning c; z, ε ~ N(0, I), (B, C, H, W); t ~ π(t), (B,).
+
+    And for a generator of n steps: the noise of the further ones, (n − 1, B, C, H, W), and the step, (B,), whose x0
+    is taken, with θ's gradient through that step alone.
+    """
+
+    prompts: list
+    c: dict
+    z: torch.Tensor
+    noise: torch.Tensor
+    step: torch.Tensor
+    t: torch.Tensor
+    eps: torch.Tensor
+
+
+def ta_loss(batch, generator, ta):
+    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c): gradient for ψ alone."""
+    with torch.no_grad():
+        x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
+    x_t = ta.schedule.add_noise(x0, batch.eps, batch.t)
+    return ta.loss(x_t, batch.eps, batch.t, batch.c)
+
+
+def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alpha_cfg, args):
+    """dL/dx0, x0 = g_θ(z, c), of −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩; or, with the
+    score-based divergence of y_t = s_ψ − s̃_ref, + w(t) ⟨−d'(y_t), s_ψ(x_t, t, c) − ∇ log p(x_t | x0)⟩.
+
+    Returns:
+        The gradient (B, C, H, W), summed over the batch, and figures to log.
+    """
+    prompts, c, t, schedule, size = batch.prompts, batch.c, batch.t, ta.schedule, args.reward_batch_size or len(x0)
+    score_based, diffused = args.divergence == "score", args.reward_mode == "diffused" and alpha_rew != 0
+    x0_leaf = x0.detach().requires_grad_()
+    (alpha, sigma), x_t = schedule(t), schedule.add_noise(x0_leaf, batch.eps, t)
+
+    with torch.set_grad_enabled(score_based):
+        from_ta = ta.x0(x_t, t, c)
+    with torch.set_grad_enabled(score_based or diffused):
+        from_ref = ref.guided(x_t, t, c, null, alpha_cfg)
+    w = weight(args.weighting, alpha, sigma, x0_leaf, from_ref.guided)
+    e = Estimates(from_ta, from_ref.cond, from_ref.uncond, alpha_cfg, w, alpha, sigma)
+    if score_based:
+        grad_div, grad_cfg = score_gradient(x0_leaf, e, args.score_distance, args.huber_c, args.score_guidance)
+    else:
+        grad_div, grad_cfg = ikl_gradient(e)
+
+    gradient, figures = grad_div + grad_cfg, {"norm_divergence": grad_div, "norm_cfg": grad_cfg}
+    if diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
+        again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg).guided  # noqa: E731
+        d_k = denoise(from_ref.guided, x_t, t, again, schedule, args.diffused_reward_steps)
+        r, grad_r = diffused_reward_gradient(x0_leaf, d_k, w, prompts, reward, decode, size)
+    elif alpha_rew != 0:
+        r, grad_r = reward_gradient(x0_leaf, prompts, reward, decode, size)
+    if alpha_rew != 0:
+        gradient = gradient - alpha_rew * grad_r
+        figures["norm_reward"] = alpha_rew * grad_r
+    figures = {k: v.flatten(1).norm(dim=1).mean() for k, v in figures.items()}
+    if alpha_rew != 0:
+        figures |= {"reward": r.mean(), **reward.take_parts(len(x0))}
+    return gradient, {**figures, "x0_mean": x0.detach().mean(), "x0_std": x0.detach().std()}
 
 
 def main(args):
     started = time.time()
 
     # 1. Where it runs.
+    check_engine(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    device, processes = accelerator.device, accelerator.num_processes
+    device, processes, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if device.type == "cpu":
@@ -83,240 +135,159 @@ def main(args):
     set_seed(args.seed)
 
     # 2. Mistakes show here, before anything large loads.
-    models = read_models(args)
+    models = models_of(args)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     train_prompts, eval_prompts = load_prompts(args)
-    validation_prompts = args.validation_prompts or eval_prompts[:8]
+    validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
     if args.dry_run:
         return
-    check_accelerations(args, device)
+    check_accelerations(args, models, accelerator)
+    repo = create_repository(args) if args.push_to_hub and is_main else None
+    license = base_license(args.pretrained_model_name_or_path) if is_main else None
+    if args.resume_from_checkpoint and not checkpoint:
+        accelerator.print(f"There is no checkpoint in {args.output_dir} yet: starting afresh.")
 
-    # 3. The actors: reward, generator (in `pipe`, which is what is shipped), reference, teaching assistant.
+    # 3. The actors: reward; generator (in `pipe`, which is what is shipped), teaching assistant, reference.
     reward, heldout = load_mix(args, device), load_heldout(args, device)
-    if args.reward_decoder:
-        latent_channels = models.networks["vae"].config.latent_channels
-        tiny_decoder = TinyDecoder(args.reward_decoder, latent_channels, args.cache_dir).to(device)
-    stock = load_reference(args, models, dtype)
-    pipe = load_generator(args, models, stock)
+    actors = load_actors(models, device, dtype, accelerator.autocast, args)
+    pipe, generator, ta, ref = actors.pipe, actors.generator, actors.ta, actors.ref
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
-    reference = getattr(stock, models.denoiser)
-    ta = make_teaching_assistant(reference, args.ta_lora_rank, args.ta_lora_alpha)
-    if args.gradient_checkpointing:
-        pipe.denoiser.enable_gradient_checkpointing()
-        for network in (ta, reference):
-            network.enable_gradient_checkpointing(checkpoint_block)
-        stock.vae.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for network in (pipe.denoiser, ta, reference):
-            network.enable_xformers_memory_efficient_attention()
-    pipe.denoiser.train()
-    ta.train()
-    stock.to(device)
-    decode = tiny_decoder if args.reward_decoder else pipe.decode  # of the reward's gradient; figures use the VAE
+    decode = pipe.decode  # of the reward's gradient; figures always use the VAE
+    if args.reward_decoder:
+        decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
 
-    # 4. Optimizers, average, data.
-    total_steps = args.pretrain_steps + args.max_train_steps
-    theta, theta_lr = make_optimizer(args, pipe.denoiser, args.learning_rate, 1, total_steps)
-    ta_rate = args.learning_rate if args.ta_learning_rate is None else args.ta_learning_rate
-    psi, psi_lr = make_optimizer(args, ta, ta_rate, args.ta_steps, total_steps)
-    ema = EMAModel(trainable(pipe.denoiser.to(device))) if args.use_ema else None
-    generator, ta, theta, psi, theta_lr, psi_lr = accelerator.prepare(pipe.denoiser, ta, theta, psi, theta_lr, psi_lr)
-    step_theta = Stepper(accelerator, "generator", generator, theta, theta_lr, args.max_grad_norm)
-    step_psi = Stepper(accelerator, "teaching assistant", ta, psi, psi_lr, args.max_grad_norm)
-
-    schedule = NoiseSchedule(pipe.scheduler, device)
+    # 4. What is trained, and what is drawn.
+    total, warmup, accumulation = (
+        args.pretrain_steps + args.max_train_steps,
+        args.ta_warmup_steps,
+        args.gradient_accumulation_steps,
+    )
+    rising, ta_rate = args.lr_warmup_steps, args.ta_learning_rate or args.learning_rate
+    theta = Trained(accelerator, args, "generator", generator, args.learning_rate, total, rising, args.use_ema)
+    psi = Trained(
+        accelerator, args, "teaching assistant", ta, ta_rate, warmup + args.ta_steps * total, args.ta_steps * rising
+    )
     encode = Conditioning(pipe.encode_prompt, device)
     stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
     place = accelerator.process_index, processes, device
     sampler = Sampler(stream, latent_shape, args.train_batch_size, args.seed, *place, steps=len(pipe.timesteps))
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
+    images_per_step = args.train_batch_size * accumulation * processes
+    null = models.family.null(actors.stock, encode)
+    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
 
-    save_trained_weights_only(accelerator)
-    first_step, spent, heldout_scores = 0, 0.0, []
+    def batches():
+        """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I), for each forward and backward pass of an optimizer step."""
+        for _ in range(accumulation):
+            prompts, z, eps, u, noise, step = sampler()
+            t = pipe.schedule.timesteps(u, args.min_timestep, args.max_timestep).to(device)
+            yield Batch(prompts, encode(prompts), z, noise, step, t, eps)
+
+    first_step, spent, heldout_scores = -warmup, 0.0, []
     if checkpoint:
-        state = load_checkpoint(accelerator, checkpoint, ema)
-        first_step, spent = state["step"], state["seconds"]
+        state = load_checkpoint(accelerator, checkpoint, [theta, psi])
+        first_step, spent, heldout_scores = state["step"], state["seconds"], state["heldout_scores"]
         sampler.load_state_dict(state["sampler"])
-        step_theta.skipped, step_psi.skipped = state["skipped"]
-        heldout_scores = state["heldout_scores"]
+        accelerator.print(f"Resumed at step {first_step} from {checkpoint}.")
 
-    # 5. The functions in Algorithm 1.
-    score_based, diffused = args.divergence == "score", args.reward_mode == "diffused"
-    distance = args.score_distance, args.huber_c, args.score_guidance
-    reward_batch, steps_k = args.reward_batch_size or args.train_batch_size, args.diffused_reward_steps
-    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null_condition(stock, encode).items()}
-
-    def sample():
-        """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I); beside z what the generator's further steps draw, if any"""
-        prompts, z, eps, u, *further = sampler()
-        t = schedule.timesteps(u, args.min_timestep, args.max_timestep)
-        return prompts, encode(prompts), (z, *further), t, eps
-
-    def g(z, c):
-        """g_θ(z, c); of several steps, x0 of the one that was drawn, with θ's gradient through that one alone"""
-        return pipe.generate(generator, z[0], c, *z[1:])
-
-    def x0_ta(x_t, t, c):
-        """x̂0 of s_ψ(x_t, t, c); not through DDP, which waits for gradients of ψ"""
-        return schedule.x0(pipe.denoise(accelerator.unwrap_model(ta), x_t, t, c), x_t, t)
-
-    def x0_ref(x_t, t, c):
-        """x̂0 of s_ref(x_t, t, c)"""
-        with reference_mode(reference, args.ta_lora_rank > 0):
-            return schedule.x0(pipe.denoise(reference, x_t, t, c), x_t, t)
-
-    def x0_guided(x_t, t, c, alpha_cfg):
-        """x̂0 of s_ref(x_t, t, c), of s_ref(x_t, t, ∅) and of the guided s̃_ref(x_t, t, c)"""
-        from_ref = x0_ref(x_t, t, c)
-        from_null = from_ref if alpha_cfg == 1 else x0_ref(x_t, t, null)
-        return from_ref, from_null, guide(from_ref, from_null, alpha_cfg)
-
-    def forward_passes(network):
-        """The forward and backward passes of one optimizer step; processes exchange gradients in the last one."""
-        for i in range(args.gradient_accumulation_steps):
-            last = i == args.gradient_accumulation_steps - 1
-            with nullcontext() if last else accelerator.no_sync(network):
-                yield
-
-    # 6. The generator before, on fixed prompts and seeds that are never trained on.
-    history = History(args.output_dir, first_step) if accelerator.is_main_process else None
+    # 5. The generator before, on fixed prompts and seeds that are never trained on.
+    history = History(args.output_dir, first_step if checkpoint else 0) if is_main else None
     if args.report_to != "none":
         accelerator.init_trackers(args.tracker_project_name, config=trackable(args))
-    noise = fixed_noise(latent_shape, 0, len(validation_prompts)).to(device)
-
-    def judge(prompts):
-        """Scores and pictures of the generator, averaged if there is an average."""
-        with averaged(ema, pipe.denoiser):
-            scores = evaluate(accelerator, pipe, encode, prompts, args.num_eval_images, latent_shape, reward, heldout)
-            return scores, draw(pipe, encode, validation_prompts, noise)
-
+    score_batch = args.reward_batch_size or args.train_batch_size
+    to_judge = eval_prompts, validation_prompts, latent_shape, args.num_eval_images, score_batch
+    judge = Judge(accelerator, generator, theta, encode, *to_judge)
     before_file = Path(checkpoint.parent if checkpoint else args.output_dir) / "before.safetensors"
     if not checkpoint:
-        scores, pictures = judge(eval_prompts)
+        scores, pictures = judge(reward, heldout)
         heldout_scores = [float(v[:16].mean()) for k, v in scores.items() if k == "heldout"]
-        if accelerator.is_main_process:
+        if is_main:
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
             history.log(accelerator, 0, {f"val_{k}": float(v[:16].mean()) for k, v in scores.items()})
 
-    # 7. Algorithm 1.
-    bar = tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, disable=not accelerator.is_main_process
-    )
-    done, judged = first_step, {}
+    # 6. Algorithm 1. At negative steps the TA alone warms up.
+    bar = tqdm(range(first_step, total), initial=first_step + warmup, total=total + warmup, disable=not is_main)
+    done, judged, speed = first_step, {}, Speed(device, images_per_step)
     for step in bar:
         if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
             break
-        pretraining = step < args.pretrain_steps
+        pretraining, figures = step < args.pretrain_steps, Averages()
         alpha_rew = warmed_up(args.reward_scale, step - args.pretrain_steps, args.reward_warmup_steps)
         alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
 
-        # θ is frozen; K_TA times: ψ takes a step on λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c).
-        for _ in range(args.ta_steps + (args.ta_warmup_steps if step == 0 else 0)):
-            for _ in forward_passes(ta):
-                _, c, z, t, eps = sample()
-                with torch.no_grad():
-                    x0 = g(z, c)
-                x_t = schedule.add_noise(x0, eps, t)
-                eps_hat = schedule.epsilon(pipe.denoise(ta, x_t, t, c), x_t, t)
-                ta_loss = denoising_loss(eps_hat, eps)
-                accelerator.backward(ta_loss / args.gradient_accumulation_steps)
-            step_psi()
+        for _ in range(args.ta_steps if step >= 0 else 1):  # θ is frozen; K_TA times ψ takes a step
+            for batch in batches():
+                loss = ta_loss(batch, generator, ta)
+                figures.add({"ta_loss": loss})
+                accelerator.backward(loss / accumulation)
+            psi.step()
 
-        # ψ is frozen; θ takes a step on −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩, or, with
-        # the score-based divergence of y_t = s_ψ − s̃_ref, + w(t) ⟨−d'(y_t), s_ψ(x_t, t, c) − ∇ log p(x_t | x0)⟩.
-        for _ in forward_passes(generator):
-            prompts, c, z, t, eps = sample()
-            x0 = g(z, c)
-            with frozen(ta):
-                cut = x0.detach().requires_grad_()  # what follows gives dL/dx0, and θ's gradient starts from it
-                alpha, sigma = schedule(t)
-                x_t = schedule.add_noise(cut, eps, t)
-                with torch.set_grad_enabled(score_based):
-                    from_ta = x0_ta(x_t, t, c)
-                with torch.set_grad_enabled(score_based or (diffused and alpha_rew != 0)):
-                    from_ref, from_null, guided = x0_guided(x_t, t, c, alpha_cfg)
-                w = weight(args.weighting, alpha, sigma, cut, guided)
-                scores = from_ta, from_ref, from_null, alpha_cfg, w, alpha, sigma
-                grad_div, grad_cfg = score_gradient(cut, *scores, *distance) if score_based else ikl_gradient(*scores)
-                r, grad_r = torch.zeros(len(x0), device=device), torch.zeros_like(cut)
-                if alpha_rew != 0 and diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
-                    d_k = denoise(guided, x_t, t, lambda x, s: x0_guided(x, s, c, alpha_cfg)[2], schedule, steps_k)
-                    r, grad_r = diffused_reward_gradient(cut, d_k, w, prompts, reward, decode, reward_batch)
-                elif alpha_rew != 0:
-                    r, grad_r = reward_gradient(cut, prompts, reward, decode, reward_batch)
-            dL_dx0 = -alpha_rew * grad_r + grad_div + grad_cfg
-            accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * args.gradient_accumulation_steps))
-        if step_theta() and ema is not None:
-            ema.decay = ema.min_decay = ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step)
-            ema.step(trainable(pipe.denoiser))
+        if step >= 0:  # ψ is frozen; θ takes a step
+            for batch in batches():
+                x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
+                with psi.frozen():
+                    weights = alpha_rew, alpha_cfg
+                    dL_dx0, seen = generator_gradient(x0, batch, ta, ref, null, reward, decode, *weights, args)
+                figures.add(seen)
+                accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * accumulation))
+            if theta.step():
+                theta.update_average(ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step))
 
-        # 8. What happened.
-        done = step + 1
-        if done % args.logging_steps == 0 or done == total_steps:
-            figures = {
-                "ta_loss": ta_loss.detach(),
-                "reward": r.mean(),
-                **reward.take_parts(len(x0)),
-                "norm_reward": alpha_rew * grad_r.flatten(1).norm(dim=1).mean(),
-                "norm_divergence": grad_div.flatten(1).norm(dim=1).mean(),
-                "norm_cfg": grad_cfg.flatten(1).norm(dim=1).mean(),
-                "x0_mean": x0.detach().mean(),
-                "x0_std": x0.detach().std(),
-            }
-            figures = {k: accelerator.reduce(v, "mean").item() for k, v in figures.items()}
-            figures["skipped_steps"] = step_theta.skipped + step_psi.skipped
-            figures["learning_rate"] = theta_lr.get_last_lr()[0]
-            bar.set_postfix({k: f"{v:.3g}" for k, v in (figures | judged).items() if k in ON_THE_BAR})
-            if history:
-                history.log(accelerator, done, figures)
-        if args.validation_steps and done % args.validation_steps == 0:
-            scores, pictures = judge(eval_prompts[:16])
+        # 7. What happened.
+        done, speed.steps = step + 1, speed.steps + 1
+        if done % args.logging_steps == 0 or done == total:
+            row = {**figures.take(accelerator), **speed.take(), "grad_norm_ta": psi.norm}
+            row |= {"grad_norm_generator": theta.norm, "reward_scale": alpha_rew} if step >= 0 else {}
+            row |= {"learning_rate": theta.learning_rate, "ta_learning_rate": psi.learning_rate}
+            row["skipped_steps"] = theta.skipped + psi.skipped
+            bar.set_postfix({k: f"{v:.3g}" for k, v in (row | judged).items() if k in ON_THE_BAR})
+            if is_main:
+                history.log(accelerator, done, row)
+        speed.pause()
+        if args.validation_steps and done % args.validation_steps == 0 and step >= 0:
+            scores, pictures = judge(reward, heldout, 16)
             earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
             heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
             judged = {f"val_{k}": float(v.mean()) for k, v in scores.items()}
-            if history:
+            if is_main:
                 history.log(accelerator, done, judged)
                 log_images(accelerator, done, pictures, validation_prompts)
-        if args.checkpointing_steps and done % args.checkpointing_steps == 0:
-            state = {
-                "step": done,
-                "seconds": spent + time.time() - started,
-                "sampler": sampler.state_dict(),
-                "skipped": [step_theta.skipped, step_psi.skipped],
-                "heldout_scores": heldout_scores,
-            }
-            save_checkpoint(accelerator, args.output_dir, done, state, ema, args.checkpoints_total_limit)
+        if args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == total):
+            state = {"step": done, "seconds": spent + time.time() - started, "sampler": sampler.state_dict()}
+            state["heldout_scores"], limit = heldout_scores, args.checkpoints_total_limit
+            save_checkpoint(accelerator, args.output_dir, max(done, 0), state, [theta, psi], limit)
+        speed.go_on()
 
-    # 9. The generator after: scores, pictures, curves, and the pipeline that is shipped.
-    scores, pictures = judge(eval_prompts)
-    cut = cut_prompts(reward, heldout)
-    if accelerator.is_main_process:
+    # 8. The generator after: scores, pictures, curves, and the pipeline that is shipped.
+    scores, pictures = judge(reward, heldout)
+    summary = {
+        "seconds": round(spent + time.time() - started, 1),
+        "steps": done,
+        "stopped_early": done < total,
+        "truncated_prompts": truncated_prompts(reward, heldout),
+        "diversity_by": diversity_features(reward, heldout)[0],
+        "skipped_steps": theta.skipped + psi.skipped,
+        "arguments": trackable(args),
+    }
+    if is_main:
         before = load_file(before_file)
-        with reference_mode(reference, args.ta_lora_rank > 0):
-            reference_pictures = draw_reference(stock, pipe.decode, validation_prompts, noise, args.cfg_scale)
+        size = [n * models.grid.factor for n in latent_shape[1:]]
+        with ref.act():
+            drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
         titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
-        sheet = image_grid([reference_pictures, before.pop("pictures"), pictures], titles, validation_prompts)
+        sheet = image_grid([drawn, before.pop("pictures"), pictures], titles, validation_prompts)
         sheet.save(Path(args.output_dir) / "samples.png")
         history.plot(Path(args.output_dir) / "curves.png")
-        summary = {
-            **compare(before, scores),
-            "seconds": round(spent + time.time() - started, 1),
-            "steps": done,
-            "stopped_early": done < total_steps,
-            "cut_prompts": cut,
-            "diversity_by": diversity_features(reward, heldout)[0],
-            "skipped_steps": step_theta.skipped + step_psi.skipped,
-            "arguments": trackable(args),
-        }
-        with averaged(ema, pipe.denoiser):
-            export(args, pipe, summary, type(stock), validation_prompts[0])
+        summary = {**compare(before, scores), **summary}
+        with theta.averaged():
+            export(args, models, pipe, summary, validation_prompts[0], license)
         report(args, summary)
-    accelerator.wait_for_everyone()  # no process leaves while another still writes, or waits for its answer
-    # DDP holds the process group: if it were the last to let it go, gloo's threads could wait for Python for ever.
-    generator, ta, step_theta, step_psi = accelerator.free_memory(generator, ta, step_theta, step_psi)
+    accelerator.wait_for_everyone()  # no process leaves while another still writes
+    accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
+    if repo:
+        upload(args, repo, pipe)  # no process waits for the network
 
 
 def report(args, summary):

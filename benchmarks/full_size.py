@@ -18,8 +18,9 @@ import transformers
 
 import train_diff_instruct_pp as script
 from diff_instruct.models.memory_plan import GIB, plan
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.optimizer import Trained
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,8 +84,8 @@ def main():
              "--validation_prompts", "an apple", "--validation_steps", "0", "--checkpointing_steps", "0",
              "--report_to", "none", "--logging_steps", "1", *rest]
         )  # fmt: skip
-        planned = plan(args, read_models(args), args.mixed_precision or "no")
-        stamps, peaks, step = [], [], script.Stepper.__call__
+        planned = plan(args, models_of(args), args.mixed_precision or "no")
+        stamps, peaks, step = [], [], Trained.step
 
         def stepped(stepper):  # called twice an iteration
             result = step(stepper)
@@ -94,12 +95,12 @@ def main():
             stamps.append(time.perf_counter())
             return result
 
-        script.Stepper.__call__ = stepped
+        Trained.step = stepped
         try:
             script.main(args)
         finally:
-            script.Stepper.__call__ = step
-        seconds = [b - a for a, b in zip(stamps[1::2], stamps[3::2])]
+            Trained.step = step
+        seconds = [b - a for a, b in zip(stamps[1::2], stamps[3::2])] or [stamps[1] - stamps[0]]
         where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         print(f"{ours.architecture} on {where}, batch {args.train_batch_size}, {' '.join(rest)}")
         print(f"seconds per step: {min(seconds):.2f} .. {max(seconds):.2f} (after the first)")

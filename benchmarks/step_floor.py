@@ -7,6 +7,7 @@ backward), and both optimizers' steps.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -15,19 +16,18 @@ import torch
 
 import train_diff_instruct_pp as script
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import read_models
-from diff_instruct.models.teaching_assistant import make_teaching_assistant
+from diff_instruct.models.sources import models_of
 from diff_instruct.rewards.loading import load_mix
 from diff_instruct.training.arguments import parse_args
 
 
 def bare_iterations(args, n):
     """Seconds of n iterations of nothing but the network passes and optimizer steps."""
-    models = read_models(args)
-    stock = load_reference(args, models, torch.float32)
-    pipe = load_generator(args, models, stock)
+    models = models_of(args)
+    stock = load_reference(models, torch.float32)
+    pipe = load_generator(models, stock)
     generator, reference = pipe.transformer.train(), stock.transformer
-    ta, reward = make_teaching_assistant(reference).train(), load_mix(args, "cpu")
+    ta, reward = copy.deepcopy(reference).requires_grad_(True).train(), load_mix(args, "cpu")
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0.0, 0.999)) for m in (generator, ta)]
     prompts = [f"a red apple {i}" for i in range(args.train_batch_size)]
     c = {k: v[:, :8] for k, v in pipe.encode_prompt(prompts).items()}

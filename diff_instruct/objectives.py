@@ -13,6 +13,8 @@ two scores at the same x_t is (α / σ²) times the difference of two x̂0: no c
 Latents are (B, C, H, W), d = C·H·W; α_t and σ_t are (B, 1, 1, 1); everything is float32.
 """
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -21,9 +23,25 @@ WEIGHTINGS = ("dmd", "x0", "eps", "score")
 DISTANCES = ("pseudo_huber", "l2")
 
 
-def denoising_loss(eps_hat, eps):
-    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖² with λ = σ², that is ‖ε̂_ψ − ε‖²; the mean over elements."""
-    return ((eps_hat - eps) ** 2).mean()
+class Estimates(NamedTuple):
+    """What scores are made of at (x_t, t): x̂0 of the TA and of the reference for c and for ∅, (B, C, H, W) each;
+    α_cfg; w(t), α_t and σ_t, (B, 1, 1, 1) each."""
+
+    ta: torch.Tensor
+    cond: torch.Tensor
+    uncond: torch.Tensor
+    cfg_scale: float
+    w: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+
+def denoising_loss(eps_hat, eps, loss_weight=1.0):
+    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², that is λ'(t) ‖ε̂_ψ − ε‖² with λ' = λ/σ²; the mean over elements.
+
+    `loss_weight` is λ'(t), (B, 1, 1, 1): 1 makes λ = σ².
+    """
+    return (loss_weight * (eps_hat - eps) ** 2).mean()
 
 
 def guide(x0_cond, x0_uncond, cfg_scale):
@@ -61,17 +79,20 @@ def score_difference(x0_a, x0_b, alpha, sigma):
     return alpha / sigma**2 * (x0_a - x0_b)
 
 
-def ikl_gradient(x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma):
+def ikl_gradient(e):
     """∂x_t/∂x0 · w(t) (s_ψ − s̃_ref), the gradient of the integral KL at x0, in its two parts, each (B, C, H, W).
+
+    Args:
+        e ([`Estimates`]).
 
     Returns:
         `α w (s_ψ − s_ref(c))`, the divergence from the unguided reference, and
         `−α w (α_cfg − 1)(s_ref(c) − s_ref(∅))`, the implicit reward of classifier-free guidance.
         Their sum is the gradient.
     """
-    divergence = score_difference(x0_ta, x0_cond, alpha, sigma)
-    guidance = (cfg_scale - 1) * score_difference(x0_uncond, x0_cond, alpha, sigma)
-    return (w * alpha * divergence).detach(), (w * alpha * guidance).detach()
+    divergence = score_difference(e.ta, e.cond, e.alpha, e.sigma)
+    guidance = (e.cfg_scale - 1) * score_difference(e.uncond, e.cond, e.alpha, e.sigma)
+    return (e.w * e.alpha * divergence).detach(), (e.w * e.alpha * guidance).detach()
 
 
 def distance_gradient(y, distance, huber_c):
@@ -92,9 +113,7 @@ def distance_gradient(y, distance, huber_c):
     raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, but is {distance}")
 
 
-def score_gradient(
-    x0, x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma, distance="pseudo_huber", huber_c=0.01, guidance="inside"
-):
+def score_gradient(x0, e, distance="pseudo_huber", huber_c=0.01, guidance="inside"):
     """The gradient at x0 of the score-based divergence w(t) E d(y_t), y_t = s_ψ(x_t) − s̃_ref(x_t) (SIM, DI*).
 
     It is that of w(t) ⟨−d'(y_t), s_ψ(x_t) − ∇ log p(x_t | x0)⟩, where x_t = α x0 + σ ε carries gradient through both
@@ -102,19 +121,19 @@ def score_gradient(
     difference of two.
 
     Args:
-        x0: a leaf that requires gradient; the estimates `x0_ta`, `x0_cond` and `x0_uncond` have been computed from it
-            with gradient enabled, the networks' parameters frozen.
+        x0: a leaf that requires gradient.
+        e ([`Estimates`]): computed from it with gradient enabled, the networks' parameters frozen.
         guidance: "inside" y_t, as DI* finds best; or "outside": y_t has the unguided reference, and the implicit
             reward of classifier-free guidance is added as in `ikl_gradient`.
 
     Returns:
         The gradient of the divergence, and that of guidance where it is outside (else zeros), each (B, C, H, W).
     """
-    target, outside = guide(x0_cond, x0_uncond, cfg_scale), torch.zeros_like(x0)
+    target, outside = guide(e.cond, e.uncond, e.cfg_scale), torch.zeros_like(x0)
     if guidance == "outside":
-        target, outside = x0_cond, ikl_gradient(x0_ta, x0_cond, x0_uncond, cfg_scale, w, alpha, sigma)[1]
-    y = score_difference(x0_ta, target, alpha, sigma)
-    loss = -w * distance_gradient(y, distance, huber_c) * score_difference(x0_ta, x0, alpha, sigma)
+        target, outside = e.cond, ikl_gradient(e)[1]
+    y = score_difference(e.ta, target, e.alpha, e.sigma)
+    loss = -e.w * distance_gradient(y, distance, huber_c) * score_difference(e.ta, x0, e.alpha, e.sigma)
     return torch.autograd.grad(loss.sum(), x0)[0], outside
 
 

@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt
 from diff_instruct.models.schedule import NoiseSchedule
 from diff_instruct.models.teaching_assistant import frozen
 from diff_instruct.objectives import (
+    Estimates,
     denoise,
     denoising_loss,
     diffused_reward_gradient,
@@ -130,7 +131,11 @@ def train(args, divergence, alpha_rew, noise_levels, hidden):
             from_ta, from_ref = schedule.x0(ta_output(ta, x_t, t, seeds), x_t, t), x0_ref(x_t, t)
             w = weight(args.weighting, alpha, sigma, cut, from_ref)
             scores = from_ta, from_ref, from_ref, 1.0, w, alpha, sigma
-            gradient = score_gradient(cut, *scores)[0] if divergence == "score" else ikl_gradient(*scores)[0]
+            gradient = (
+                score_gradient(cut, Estimates(*scores))[0]
+                if divergence == "score"
+                else ikl_gradient(Estimates(*scores))[0]
+            )
             if alpha_rew:
                 d_k = denoise(from_ref, x_t, t, x0_ref, schedule, args.diffused_reward_steps)
                 gradient = gradient - alpha_rew * diffused_reward_gradient(cut, d_k, w, *judge)[1]

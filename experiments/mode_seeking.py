@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from diff_instruct.models.schedule import NoiseSchedule
-from diff_instruct.objectives import ikl_gradient, score_gradient, weight
+from diff_instruct.objectives import Estimates, ikl_gradient, score_gradient, weight
 
 
 MEANS, SHARES, STD = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([0.6, 0.4]), 0.25
@@ -69,7 +69,11 @@ def train(divergence, levels):
         x_t = schedule.add_noise(cut, latents(eps), t)
         from_ta, from_ref = x0_gaussian(x_t, t, b.detach(), (a.T @ a).detach()), x0_ref(x_t, t)
         scores = from_ta, from_ref, from_ref, 1.0, weight("eps", alpha, sigma, cut, from_ref), alpha, sigma
-        gradient = score_gradient(cut, *scores)[0] if divergence == "score" else ikl_gradient(*scores)[0]
+        gradient = (
+            score_gradient(cut, Estimates(*scores))[0]
+            if divergence == "score"
+            else ikl_gradient(Estimates(*scores))[0]
+        )
         optimizer.zero_grad()
         x0.backward(gradient / BATCH)
         optimizer.step()

@@ -29,10 +29,9 @@ from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.judge import judge_images
 from diff_instruct.evaluation.noise import fixed_noise
-from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.sources import models_of
 from diff_instruct.rewards.loading import load_heldout, load_mix
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.environment import usable_cores
@@ -117,9 +116,9 @@ class Judge:
 
     def __init__(self, work_dir):
         args, self.work_dir = parse_args(["--output_dir", work_dir]), Path(work_dir)
-        models = read_models(args)
-        self.stock = load_reference(args, models, torch.float32)
-        self.before = load_generator(args, models, self.stock)
+        self.models = models_of(args)
+        self.stock = load_reference(self.models, torch.float32)
+        self.before = load_generator(self.models, self.stock)
         self.reward, self.heldout = load_mix(args, "cpu"), load_heldout(args, "cpu")
         self.known, rest, self.new = split_prompts()
         self.text = caption_features(self.heldout["pocket_heldout"], [*self.known, *rest, *self.new])
@@ -145,12 +144,12 @@ class Judge:
 
     def reference(self, steps, guidance=GUIDANCE):
         """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
-        stock, decode = self.stock, self.before.decode
+        stock, side = self.stock, self.models.grid.side
         if steps == 1:  # PixArt-α's own sampler has no single step
             stock = type(stock).from_pipe(
                 stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
             )
-        return lambda prompts, z: draw_reference(stock, decode, prompts, z, guidance, steps)
+        return lambda prompts, z: self.models.family.sample(stock, prompts, z, steps, guidance, (side, side))
 
 
 def one_step(pipe):

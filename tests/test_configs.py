@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diff_instruct.models.lora import add_lora, trainable
+from diff_instruct.models.lora import add_lora, trained_parameters
 from diff_instruct.models.memory_plan import plan, table
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
 from tests.tiny import tiny_sd
 from train_diff_instruct_pp import main
@@ -70,7 +70,7 @@ def test_incomplete_references(tiny_args, tmp_path, change, message):
     [
         (["--timestep", "1000"], r"--timestep 1000 is outside the schedule of .*: t\* must be in 0\.\.999"),
         (["--timestep", "-1"], r"must be in 0\.\.999"),
-        (["--resolution", "17"], "--resolution 17 cannot be made: it must be a multiple of 2"),
+        (["--resolution", "17"], "--resolution 17 cannot be made by .*: it must be a multiple of 2"),
         (["--resolution", "0"], "cannot be made"),
         (["--enable_xformers_memory_efficient_attention"], "xformers"),
         (["--use_8bit_adam"], "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes"),
@@ -87,7 +87,7 @@ def test_mistakes_in_one_line(tiny_args, tmp_path, monkeypatch, options, message
     monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)  # on this machine it may be there
     folder = tiny_sd(tmp_path / "model")
     args = parse_args([*tiny_args, "--pretrained_model_name_or_path", folder])
-    state = {k: torch.zeros(v.shape) for k, v in read_models(args).networks["unet"].state_dict().items()}
+    state = {k: torch.zeros(v.shape) for k, v in models_of(args).networks["unet"].state_dict().items()}
     state["conv_in.weight"], state["surprise"] = torch.zeros(1), torch.zeros(1)
     (tmp_path / "start").mkdir()
     save_file(state, tmp_path / "start" / "other.safetensors")
@@ -106,7 +106,7 @@ def test_xformers_is_for_unets(tiny_args):
 def planned(model, *options):
     args = parse_args(["--pretrained_model_name_or_path", str(ARCHITECTURES / model), "--train_prompts", __file__,
                        "--reward", "pocket", "--output_dir", "/tmp", *options])  # fmt: skip
-    models = read_models(args)
+    models = models_of(args)
     return models, plan(args, models, "bf16")
 
 
@@ -130,11 +130,17 @@ def test_plan_of_the_papers_models(model, parameters, full, ta_lora):
 def test_plan_is_what_a_run_holds(tiny_args):
     """Counted on the tiny model: trained parameters of LoRA, and all weights."""
     args = parse_args([*tiny_args, "--lora_rank", "2", "--ta_lora_rank", "3", "--no-use_ema", "--use_8bit_adam"])
-    models = read_models(args)
+    models = models_of(args)
     rows = plan(args, models, "no")
     network = type(models.networks["transformer"]).from_config(models.networks["transformer"].config)
-    n, k = sum(p.numel() for p in network.parameters()), sum(p.numel() for p in trainable(add_lora(network, 2)))
-    assert rows["generator"] == {"weights": 4 * (n + k), "gradients": 4 * k, "optimizer": 2 * k, "ema": 0}
+    n, k = (
+        sum(p.numel() for p in network.parameters()),
+        sum(
+            p.numel()
+            for p in trained_parameters(add_lora(network, "a", 2, 2, models.family.lora_targets), "a").values()
+        ),
+    )
+    assert rows["generator"] == {"weights": 4 * k, "gradients": 4 * k, "optimizer": 2 * k, "ema": 0}
     assert rows["reference"]["weights"] == 4 * n and rows["teaching assistant"]["weights"] == 4 * k // 2 * 3
     assert table(rows).splitlines()[-2].startswith("sum")
 
@@ -142,7 +148,7 @@ def test_plan_is_what_a_run_holds(tiny_args):
 def test_dry_run_stops_before_weights(tiny_args, tmp_path, monkeypatch, capsys):
     import train_diff_instruct_pp as script
 
-    monkeypatch.delattr(script, "load_reference")
+    monkeypatch.delattr(script, "load_actors")
     main(parse_args([*tiny_args, "--dry_run"]))
     out = capsys.readouterr().out
     assert "teaching assistant" in out and "gradients" in out
@@ -166,7 +172,7 @@ def test_recipes(command, monkeypatch, tmp_path):
     hub_id = args.pretrained_model_name_or_path
     args.pretrained_model_name_or_path = str(ARCHITECTURES / hub_id.split("/")[1])
     args.pretrained_generator_name_or_path = None
-    models = read_models(args)
+    models = models_of(args)
     assert sum(plan(args, models, "bf16")["generator"].values()) > 1e9
     assert models.timestep == {"transformer": 400, "unet": 399 if "xl" in hub_id else 625}[models.denoiser]
 

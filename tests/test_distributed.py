@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diff_instruct.training.arguments import parse_args
-from tests.test_training import weights
+from tests.runs import weights
 from tests.tiny import PROMPTS
 from train_diff_instruct_pp import main
 

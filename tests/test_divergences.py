@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers import PixArtTransformer2DModel
 
 import train_diff_instruct_pp as script
-from diff_instruct.models.lora import adapters, trainable
-from diff_instruct.models.teaching_assistant import frozen, make_teaching_assistant
+from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.training.arguments import build_parser, parse_args
 from diff_instruct.training.methods import PRESETS
-from tests.test_training import run, weights
+from diff_instruct.training.optimizer import Trained
+from tests.runs import run, watch_actors, weights
 
 
 SCORE = ["--divergence", "score", "--huber_c", 0.1]
@@ -21,60 +23,46 @@ DIDR = ["--reward_mode", "diffused", "--diffused_reward_steps", 2]
 
 @pytest.fixture
 def watch(monkeypatch):
-    """The networks of a run, how often each block of theirs ran, and dL/dx0 of each generator step."""
+    """The actors of a run, how often each block of theirs ran, and dL/dx0 of each generator step."""
     seen = {"calls": [], "gradients": []}
 
     def wrap(name, record):
         original = getattr(script, name)
         monkeypatch.setattr(script, name, lambda *args: record(original(*args)))
 
-    def count(key, network):
-        network.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen["calls"].append(key))
-        return network
-
-    def keep_reference(stock):
-        seen["reference"] = stock.transformer
-        return stock
-
-    def keep_ta(ta):
-        if ta is not seen["reference"]:
-            count("ta", ta)
-        count("reference", seen["reference"])
-        seen["ta"] = ta
-        return ta
+    def look(actors):
+        seen["actors"] = actors
+        for role in ("ta", "ref"):
+            network = getattr(actors, role).network
+            network.transformer_blocks[0].register_forward_pre_hook(lambda *_, role=role: seen["calls"].append(role))
 
     def draw_reference(*args, original=script.draw_reference):  # after training: not counted
-        seen["trained"] = [seen["calls"].count(key) for key in ("ta", "reference")]
+        seen["trained"] = [seen["calls"].count(role) for role in ("ta", "ref")]
         return original(*args)
 
     def keep_gradient(parts):
         seen["gradients"].append(torch.stack(parts) if parts[0].shape == parts[1].shape else parts[1])
         return parts
 
-    wrap("load_reference", keep_reference)
-    wrap("make_teaching_assistant", keep_ta)
+    watch_actors(monkeypatch, look)
     monkeypatch.setattr(script, "draw_reference", draw_reference)
     for name in ("ikl_gradient", "score_gradient", "diffused_reward_gradient"):
         wrap(name, keep_gradient)
     return seen
 
 
-def lora_ta(reference, *_):
-    """A LoRA TA that is well away from the reference."""
-    ta = make_teaching_assistant(reference, 2, 2)
+def move_ta(actors):
+    """Take a LoRA TA well away from the reference."""
     rng = torch.Generator().manual_seed(3)
-    for p in trainable(ta):
+    for p in trained_parameters(actors.ta.network, "ta").values():
         p.data = torch.randn(p.shape, generator=rng) * 0.3
-    return ta
 
 
-def merged_ta(reference, *_):
-    """The same function as `lora_ta`, as a full network."""
-    ta = lora_ta(copy.deepcopy(reference))
-    for layer in ta.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
-    return ta.requires_grad_(True)
+def move_full_ta(actors):
+    """The same function as after `move_ta`, as a full network."""
+    lora = add_lora(copy.deepcopy(actors.ref.network), "ta", 2, 2, FAMILIES["PixArtAlphaPipeline"].lora_targets)
+    move_ta(actors._replace(ta=Denoiser(actors.pipe, lora, "ta")))
+    actors.ta.network.load_state_dict(merged(lora, "ta").state_dict())
 
 
 @pytest.mark.parametrize("method", [SCORE, DIDR])
@@ -85,34 +73,35 @@ def test_lora_gradient_equals_that_of_the_merged_network(
     """LoRA's TA and reference are one module: its adapters must be as they were when a block is run again."""
     still = ["--ta_learning_rate", 1e-30, "--max_train_steps", 1, "--adam_epsilon", 1e-3, *method]
     gradients = {}
-    for name, make, options in (("lora", lora_ta, ["--ta_lora_rank", 2, *checkpointing]), ("merged", merged_ta, [])):
+    lora = ["--ta_lora_rank", 2, *checkpointing]
+    for name, move, options in (("lora", move_ta, lora), ("merged", move_full_ta, [])):
         with monkeypatch.context() as m:
-            m.setattr(script, "make_teaching_assistant", make)
+            watch_actors(m, move)
             run([*tiny_args, *still, *options, "--output_dir", tmp_path / name])
         gradients[name] = [watch["gradients"].pop() for _ in range(len(watch["gradients"]))]
     assert len(gradients["lora"]) == (1 if method is SCORE else 2)
-    for lora, merged in zip(gradients["lora"], gradients["merged"]):
-        assert merged.abs().max() > 1e-3
-        torch.testing.assert_close(lora, merged, rtol=1e-3, atol=1e-4 * merged.abs().max().item())
+    for one, other in zip(gradients["lora"], gradients["merged"]):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     one, other = weights(tmp_path / "lora"), weights(tmp_path / "merged")
     for key in one:
         torch.testing.assert_close(one[key], other[key], atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2]])
+@pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2], ["--ta_lora_rank", 2, "--lora_rank", 2]])
 @pytest.mark.parametrize("method", [[], SCORE, DIDR])
 def test_generator_s_step_leaves_no_gradient_on_ta_and_reference(tiny_args, monkeypatch, watch, method, options):
-    found = []
+    found, step = [], Trained.step
 
-    class Stepper(script.Stepper):
-        def __call__(self):
-            if self.name == "generator":
-                networks = (watch["ta"], watch["reference"])
-                found.extend(p.grad is None for network in networks for p in network.parameters())
-                assert any(p.grad is not None for p in self.network.parameters())
-            return super().__call__()
+    def watched(self):
+        if self.name == "generator":
+            own, actors = set(self.parameters.values()), watch["actors"]
+            others = {p for actor in (actors.ta, actors.ref) for p in actor.network.parameters()} - own
+            found.extend(p.grad is None for p in others)
+            assert any(p.grad is not None for p in own)
+        return step(self)
 
-    monkeypatch.setattr(script, "Stepper", Stepper)
+    monkeypatch.setattr(Trained, "step", watched)
     run([*tiny_args, "--max_train_steps", 2, *method, *options])
     assert found and all(found)
 
@@ -137,21 +126,38 @@ def test_checkpointing_runs_the_blocks_of_both_networks_again(tiny_args, watch):
     torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
-def test_adapters_and_frozen_put_back_what_they_found(tiny_model):
-    from diffusers import PixArtTransformer2DModel
+def test_roles_put_back_what_they_found(tiny_model):
+    """Two adapters in one base: who acts, and what requires a gradient, is as before; the roles differ."""
+    network = PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    for name in ("ta", "generator"):
+        add_lora(network, name, 2, 2, FAMILIES["PixArtAlphaPipeline"].lora_targets)
+    layers, names = lora_layers(network), {}
+    for name in ("ta", "generator"):
+        names[name] = trained_parameters(network, name)
+        for p in names[name].values():
+            p.requires_grad_(name == "ta")
+            torch.nn.init.normal_(p, std=0.3)
+    assert names["ta"] and not names["ta"].keys() & names["generator"].keys()
+    flags = {k: p.requires_grad for k, p in network.named_parameters()}
+    assert any(flags.values())
 
-    network = PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").requires_grad_(False)
-    ta = make_teaching_assistant(network, 2)
-    names = {n for n, p in ta.named_parameters() if p.requires_grad}
-    layers = [m for m in ta.modules() if isinstance(m, BaseTunerLayer)]
-    with frozen(ta):
-        with adapters(ta, False):
-            assert all(layer.disable_adapters for layer in layers)
-            with adapters(ta, True):
-                assert not any(layer.disable_adapters for layer in layers)
-            assert all(layer.disable_adapters for layer in layers)
-        assert not trainable(ta)
-    assert names and names == {n for n, p in ta.named_parameters() if p.requires_grad}
+    def who():
+        return {None if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
+
+    before, outputs = who(), []
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([100])
+    c = {"encoder_hidden_states": torch.randn(1, 3, 16), "encoder_attention_mask": torch.ones(1, 3)}
+    for role in ("generator", None, "ta"):
+        with acting(layers, role):
+            assert who() == {None if role is None else (role,)}
+            with acting(layers, None):
+                assert who() == {None}
+            assert who() == {None if role is None else (role,)}
+            outputs.append(network(x, timestep=t, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, **c))
+        assert flags == {k: p.requires_grad for k, p in network.named_parameters()}
+    assert who() == before
+    one, two, three = (output[0] for output in outputs)
+    assert min((one - two).abs().max(), (one - three).abs().max(), (two - three).abs().max()) > 1e-3
 
 
 def test_diffused_reward_does_not_depend_on_the_micro_batch(tiny_args, tmp_path):
@@ -170,7 +176,7 @@ def test_every_preset_runs(tiny_args, tmp_path, preset):
     rows = [row for row in history if "ta_loss" in row]
     rewarded = PRESETS[preset].get("reward_scale") != 0
     assert len(rows) == 2 and all(row["norm_divergence"] > 0 for row in rows)
-    assert all((row["norm_reward"] > 0) == rewarded for row in rows)
+    assert all((row.get("norm_reward", 0) > 0) == rewarded for row in rows)
     summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
     assert summary["arguments"]["preset"] == preset and summary["skipped_steps"] == 0
 

@@ -406,12 +406,17 @@ def test_the_prompt_sets_of_the_benchmarks(tmp_path, monkeypatch):
 
 def test_the_output_says_rule_and_units():
     """Of HPSv2: 100 · cosine, and the mean over categories."""
-    batch = {"scores": {"hpsv2.1": [[28.0], [30.0]]}, "seconds_per_image": 1.0, "gib": 1.0, "cut": {"hpsv2.1": [3]}}
+    batch = {
+        "scores": {"hpsv2.1": [[28.0], [30.0]]},
+        "seconds_per_image": 1.0,
+        "gib": 1.0,
+        "truncated": {"hpsv2.1": [3]},
+    }
     batch.update(diversity_by="hpsv2.1", latent_shape=[4, 8, 8])
     args = arguments("--prompts", "hpsv2", "--num_images", 1)
     prompts = prompt_set(2, ["anime", "photo"], "categories")
     result = report(args, {"a": Contender("a", "x")}, {"a": [batch]}, prompts, torch.device("cpu"))
-    assert result["models"]["a"]["figures"]["hpsv2.1"]["mean"] == 29 and result["cut_prompts"] == {"hpsv2.1": 1}
+    assert result["models"]["a"]["figures"]["hpsv2.1"]["mean"] == 29 and result["truncated_prompts"] == {"hpsv2.1": 1}
     text = markdown(result)
     assert "mean over the categories of their means" in text and "hpsv2.1: 100 · cosine" in text
     assert "anime (1)" in text and "in part only: hpsv2.1 1" in text

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
-from diff_instruct.models.loading import load_generator, load_reference, null_condition
-from diff_instruct.models.lora import trainable
-from diff_instruct.models.schedule import NoiseSchedule
-from diff_instruct.models.sources import read_models
-from diff_instruct.models.teaching_assistant import make_teaching_assistant, reference_mode
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.lora import trained_parameters
+from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
+from pipeline_one_step import Schedule
+from tests.runs import load, watch_actors
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
 
 
@@ -47,13 +47,6 @@ def family_args(tiny_args, models):
     return lambda family, *options: [*tiny_args, "--pretrained_model_name_or_path", models[family], *map(str, options)]
 
 
-def actors(command):
-    args = parse_args(command)
-    models = read_models(args)
-    stock = load_reference(args, models, torch.float32)
-    return args, models, stock, load_generator(args, models, stock)
-
-
 def one_step(stock, timestep, **call):
     """The stock pipeline of the family with one step at t*."""
     if isinstance(stock, PixArtAlphaPipeline):
@@ -67,7 +60,7 @@ def one_step(stock, timestep, **call):
 def stock_pipeline(family, pipe):
     """As the model card says; the call in its last line is run, too."""
     scope = {"pipe": pipe}
-    exec(stock_call(STOCK[family].__name__, pipe, "a red apple"), scope)
+    exec(stock_call(FAMILIES[STOCK[family].__name__], pipe, "a red apple"), scope)
     assert scope["image"].size == (16, 16)
     return scope["stock"]
 
@@ -82,18 +75,14 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     """After some steps, for prompts of different lengths, an empty one among them: max abs difference ≤ 1e-5."""
     seen = {}
 
-    def load_generator(*args):
-        seen["pipe"] = script_load_generator(*args)
-        return seen["pipe"]
-
-    def export(args, pipe, *rest):  # within: the network that has just been trained, as training calls it
+    def export(args, models, pipe, *rest):  # within: the network that has just been trained, as training calls it
         c = Conditioning(pipe.encode_prompt, "cpu")(prompts)
         with torch.no_grad():
-            seen["trained"] = pipe.decode(pipe.generate(pipe.denoiser, z, c)).clamp(0, 1)
-        return script_export(args, pipe, *rest)
+            seen["trained"] = pipe.decode(seen["generator"].generate(z, c)).clamp(0, 1)
+        return script_export(args, models, pipe, *rest)
 
-    script_load_generator, script_export = script.load_generator, script.export
-    monkeypatch.setattr(script, "load_generator", load_generator)
+    script_export = script.export
+    watch_actors(monkeypatch, lambda actors: seen.update(generator=actors.generator))
     monkeypatch.setattr(script, "export", export)
     prompts, z = [*PROMPTS, ""], noise(len(PROMPTS) + 1)
     command = family_args(family, "--lora_rank", lora, "--lora_alpha", 4, "--learning_rate", 1e-2)
@@ -133,47 +122,38 @@ def test_only_what_is_trained_changes(family_args, monkeypatch, family, lora, ta
     """Pretrain and align, with checkpointing: the reference stays bit for bit, each trained parameter moves."""
     seen, x_t, t = {}, noise(1), torch.tensor([300])
 
-    def watch(name, network_of):
-        original = getattr(script, name)
-
-        def wrapper(*args):
-            result = original(*args)
-            network = network_of(result)
-            seen[name] = network, {k: v.detach().clone() for k, v in network.named_parameters()}
-            if name == "load_generator":  # with nothing but the reference loaded before it
-                seen["c"] = result.encode_prompt(["a red apple"])
-                seen["pipe"], seen["before"] = result, reference_output(result)
-            return result
-
-        monkeypatch.setattr(script, name, wrapper)
-
-    def reference_output(pipe):
+    def reference_output(actors):
         with torch.no_grad():
-            return pipe.denoise(seen["load_reference"][0], x_t, t, seen["c"])
+            return actors.ref(x_t, t, seen["c"])
 
-    watch("load_reference", lambda stock: stock.transformer if family == "pixart" else stock.unet)
-    watch("load_generator", lambda pipe: pipe.denoiser)
-    watch("make_teaching_assistant", lambda ta: ta)
+    def look(actors):
+        seen.update(actors=actors, c=actors.pipe.encode_prompt(["a red apple"]))
+        seen["networks"] = actors.generator.network, actors.ta.network
+        seen["start"] = [{k: v.detach().clone() for k, v in n.named_parameters()} for n in seen["networks"]]
+        seen["before"] = reference_output(actors)
+
+    watch_actors(monkeypatch, look)
     options = ["--lora_rank", lora, "--ta_lora_rank", ta_lora, "--pretrain_steps", 2, "--max_train_steps", 2]
+    options += ["--checkpointing_steps", 0]
     script.main(parse_args(family_args(family, *options, "--gradient_checkpointing", "--validation_steps", 0)))
 
-    reference, ta = seen["load_reference"][0], seen["make_teaching_assistant"][0]
-    with reference_mode(reference, ta_lora > 0):
-        assert torch.equal(reference_output(seen["pipe"]), seen["before"])
-    assert (ta is reference) == (ta_lora > 0)
-    for name, rank in (("load_generator", lora), ("make_teaching_assistant", ta_lora)):
-        network, start = seen[name]
+    actors = seen["actors"]
+    assert torch.equal(reference_output(actors), seen["before"])
+    assert (actors.ta.network is actors.ref.network) == (ta_lora > 0)
+    assert (actors.generator.network is actors.ref.network) == (lora > 0)  # one base for as many roles as can be
+    for network, start, rank in zip(seen["networks"], seen["start"], (lora, ta_lora)):
         for key, value in network.named_parameters():
-            assert value.requires_grad == ("lora" in key or not rank), key
-            assert torch.equal(value, start[key]) != value.requires_grad, key
-            assert value.dtype == torch.float32 or not value.requires_grad
+            is_trained = "lora" in key or not rank
+            assert value.requires_grad == is_trained, key
+            assert torch.equal(value, start[key]) != is_trained, key
+            assert value.dtype == torch.float32 or not is_trained
 
 
 @pytest.mark.parametrize("family", STOCK)
 def test_learned_sigma_of_the_ta_is_left_alone(family_args, family):
     """The TA's loss has no gradient on output channels beyond the latents' (PixArt's learned sigma)."""
-    args, models, stock, pipe = actors(family_args(family))
-    ta = make_teaching_assistant(getattr(stock, models.denoiser))
+    _, models, stock, pipe = load(family_args(family))
+    ta = getattr(stock, models.denoiser).requires_grad_(True)
     pipe.denoise(ta, noise(2), torch.tensor([100, 700]), pipe.encode_prompt(PROMPTS[:2])).square().sum().backward()
     last = ta.proj_out if family == "pixart" else ta.conv_out
     rows = last.weight.grad.abs().flatten(1).sum(dim=1)
@@ -186,7 +166,7 @@ def test_learned_sigma_of_the_ta_is_left_alone(family_args, family):
 
 @pytest.mark.parametrize("family", STOCK)
 def test_one_empty_prompt_leaves_the_others_conditional(family_args, family):
-    _, _, _, pipe = actors(family_args(family))
+    _, _, _, pipe = load(family_args(family))
     encode, z = Conditioning(pipe.encode_prompt, "cpu"), noise(1).repeat(3, 1, 1, 1)
     prompts = ["a red apple", "", "blue cat"]
     with torch.no_grad():
@@ -199,7 +179,7 @@ def test_one_empty_prompt_leaves_the_others_conditional(family_args, family):
 @pytest.mark.parametrize("family", STOCK)
 def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
     """c, ∅ and u + w (c − u) as the stock pipeline has them: its noise prediction inside one guided step."""
-    _, models, stock, pipe = actors(family_args(family))
+    _, models, stock, pipe = load(family_args(family))
     reference, seen = getattr(stock, models.denoiser), []
     encode, z, scale = Conditioning(pipe.encode_prompt, "cpu"), noise(1), 4.5
     original = stock.scheduler.step
@@ -216,23 +196,24 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
     t = torch.tensor([int(t)])
     with torch.no_grad():
         c, null = (
-            pipe.denoise(reference, z * scale_z, t, e) for e in (encode(["blue cat"]), null_condition(stock, encode))
+            pipe.denoise(reference, z * scale_z, t, e)
+            for e in (encode(["blue cat"]), models.family.null(stock, encode))
         )
     torch.testing.assert_close(null + scale * (c - null), guided[:, :4], atol=1e-5, rtol=1e-4)
 
 
 def test_sdxl_null_is_zero_and_its_empty_prompt_is_not(family_args):
-    _, _, stock, pipe = actors(family_args("sdxl"))
+    _, models, stock, pipe = load(family_args("sdxl"))
     encode = Conditioning(pipe.encode_prompt, "cpu")
-    assert all((v == 0).all() for v in null_condition(stock, encode).values())
+    assert all((v == 0).all() for v in models.family.null(stock, encode).values())
     assert all((v != 0).any() for v in encode([""]).values())
 
 
 @pytest.mark.parametrize("family", ["sd", "sd2"])
 def test_prediction_types(family_args, family):
     """x̂0 and ε̂ of the schedule agree with diffusers' own conversion."""
-    _, _, stock, pipe = actors(family_args(family))
-    schedule, x_t, output, t = NoiseSchedule(pipe.scheduler), noise(1), noise(1, seed=1), torch.tensor([300])
+    _, _, stock, pipe = load(family_args(family))
+    schedule, x_t, output, t = Schedule(pipe.scheduler), noise(1), noise(1, seed=1), torch.tensor([300])
     step = pipe.scheduler.step(output, 300, x_t)
     torch.testing.assert_close(schedule.x0(output, x_t, t), step.pred_original_sample, atol=1e-5, rtol=1e-4)
     alpha, sigma = schedule(t)
@@ -256,12 +237,12 @@ def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start
     state, paths = start_points
     for path in paths:
         command = family_args("sd", "--pretrained_generator_name_or_path", path, "--timestep", 399)
-        *_, pipe = actors(command)
+        *_, pipe = load(command)
         assert pipe.config.timestep == 399
         got = pipe.unet.state_dict()
         assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
         with pytest.raises(ValueError, match=r"names no t\*"):
-            read_models(parse_args(command[:-2]))
+            models_of(parse_args([str(a) for a in command[:-2]]))
 
 
 def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
@@ -271,7 +252,7 @@ def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
     monkeypatch.setattr(
         configs, "hf_hub_download", lambda repo, name, **_: (asked.append((repo, name)), str(paths[2]))[1]
     )
-    *_, pipe = actors(
+    *_, pipe = load(
         family_args("sd", "--pretrained_generator_name_or_path", "a/b/c/unet.safetensors", "--timestep", 1)
     )
     assert set(asked) == {("a/b", "c/unet.safetensors")}
@@ -279,8 +260,8 @@ def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
 
 @pytest.mark.parametrize("family", STOCK)
 def test_adapters_are_few(family_args, family):
-    _, _, _, pipe = actors(family_args(family, "--lora_rank", 2))
-    trained = sum(p.numel() for p in trainable(pipe.denoiser))
+    _, _, _, pipe = load(family_args(family, "--lora_rank", 2))
+    trained = sum(p.numel() for p in trained_parameters(pipe.denoiser, "generator").values())
     assert 0 < trained < 0.2 * sum(p.numel() for p in pipe.denoiser.parameters())
 
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from diff_instruct.objectives import denoise, distance_gradient, guide, ikl_gradient, score_gradient, weight
+from diff_instruct.objectives import (
+    Estimates,
+    denoise,
+    distance_gradient,
+    guide,
+    ikl_gradient,
+    score_gradient,
+    weight,
+)
 from tests.test_objectives import MU, SHAPE, D, M, S, W, gradient_in_a_b, schedule, x0_of_gaussian
 
 
@@ -169,7 +177,7 @@ def test_score_gradient_is_that_of_autograd_through_everything():
         x0 = generator(z)
         cut = x0.detach().requires_grad_()
         from_ta, cond, null = scores(schedule.add_noise(cut, eps, t))
-        parts = score_gradient(cut, from_ta, cond, null, 3.0, w, alpha, sigma, name, c, guidance)
+        parts = score_gradient(cut, Estimates(from_ta, cond, null, 3.0, w, alpha, sigma), name, c, guidance)
         got = torch.autograd.grad(x0, generator.parameters(), sum(parts))
         assert (parts[1].abs().max() > 0) == (guidance == "outside")
         for g, e in zip(got, expected):
@@ -181,5 +189,5 @@ def test_guidance_beside_the_distance_is_that_of_the_integral_kl():
     alpha, sigma = schedule(torch.tensor([100, 300, 500, 900]))
     w = weight("x0", alpha, sigma, x0, cond)
     scores = ta, cond, null, 4.5, w, alpha, sigma
-    outside = score_gradient(x0.requires_grad_(), *scores, "l2", 1.0, "outside")[1]
-    assert torch.equal(outside, ikl_gradient(*scores)[1])
+    outside = score_gradient(x0.requires_grad_(), Estimates(*scores), "l2", 1.0, "outside")[1]
+    assert torch.equal(outside, ikl_gradient(Estimates(*scores))[1])

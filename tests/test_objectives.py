@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diff_instruct.models.schedule import NoiseSchedule
 from diff_instruct.objectives import (
     KAPPA,
     WEIGHTINGS,
+    Estimates,
     denoise,
     denoising_loss,
     diffused_reward_gradient,
@@ -20,13 +20,14 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
+from pipeline_one_step import Schedule
 
 
 S, MU, M = 0.6, 0.8, -0.3  # reference: variance, conditional and unconditional mean
 SHAPE = (1, 4, 4)
 D = 16
 W = KAPPA / D**0.5  # the constant in w(t)
-schedule = NoiseSchedule(DDPMScheduler(beta_schedule="linear"))
+schedule = Schedule(DDPMScheduler(beta_schedule="linear"))
 
 
 def x0_of_gaussian(x_t, mean, var, alpha, sigma):
@@ -59,7 +60,9 @@ def gradient_in_a_b(
     from_ref, from_null, guided = reference(x_t, t)
     w = weight(weighting, alpha, sigma, cut, guided)
     scores = from_ta, from_ref, from_null, cfg_scale, w, alpha, sigma
-    divergence, guidance = score_gradient(cut, *scores, *distance) if distance else ikl_gradient(*scores)
+    divergence, guidance = (
+        score_gradient(cut, Estimates(*scores), *distance) if distance else ikl_gradient(Estimates(*scores))
+    )
     judge = ["c"] * n, lambda pixels, prompts: k * pixels.sum(dim=(1, 2, 3)), lambda x: x, n
     if diffused_steps:
         d_k = denoise(guided, x_t, t, lambda x, s: reference(x, s)[2], schedule, diffused_steps)
@@ -124,7 +127,7 @@ def test_dmd_weighting_normalises_each_sample():
     for scale in (1.0, 10.0):
         x0, ta, ref = scale * x
         w = weight("dmd", alpha, sigma, x0, ref)
-        gradient, _ = ikl_gradient(ta, ref, ref, 1.0, w, alpha, sigma)
+        gradient, _ = ikl_gradient(Estimates(ta, ref, ref, 1.0, w, alpha, sigma))
         torch.testing.assert_close(gradient, (ta - ref) / (x0 - ref).abs().mean(dim=(1, 2, 3), keepdim=True) * W)
         norms.append(gradient)
     torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
@@ -137,7 +140,7 @@ def test_weightings_meet_their_definition(weighting):
     t = torch.tensor([20, 300, 700, 980])
     alpha, sigma = schedule(t)
     w = weight(weighting, alpha, sigma, x0, ref)
-    gradient = ikl_gradient(ta, ref, ref, 1.0, w, alpha, sigma)[0] / W
+    gradient = ikl_gradient(Estimates(ta, ref, ref, 1.0, w, alpha, sigma))[0] / W
     scale = {
         "score": (alpha / sigma) ** 2,
         "eps": alpha / sigma,
@@ -153,7 +156,7 @@ def test_gradient_norm_does_not_depend_on_latent_size():
     norms = []
     for shape in ((1, 4, 4), (4, 32, 32)):
         x0, ta, ref = torch.randn(3, 64, *shape, generator=torch.Generator().manual_seed(0))
-        gradient, _ = ikl_gradient(ta, ref, ref, 1.0, weight("dmd", alpha, sigma, x0, ref), alpha, sigma)
+        gradient, _ = ikl_gradient(Estimates(ta, ref, ref, 1.0, weight("dmd", alpha, sigma, x0, ref), alpha, sigma))
         norms.append(gradient.flatten(1).norm(dim=1).mean().item())
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
@@ -188,7 +191,7 @@ def test_reward_gradient_does_not_depend_on_the_micro_batch():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_conversions_recover_x0_and_epsilon(prediction_type):
     """Each prediction type, from exact outputs, gives back x0 and ε."""
-    s = NoiseSchedule(DDPMScheduler(beta_schedule="linear", prediction_type=prediction_type))
+    s = Schedule(DDPMScheduler(beta_schedule="linear", prediction_type=prediction_type))
     x0, eps = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 500, 979])
     alpha, sigma = s(t)

@@ -13,7 +13,7 @@ from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
 from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import FunctionReward
 from diff_instruct.rewards.hpsv2 import HPSv2
-from diff_instruct.rewards.loading import cut_prompts, load_reward
+from diff_instruct.rewards.loading import load_reward, truncated_prompts
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
@@ -137,9 +137,9 @@ def test_prompts_that_are_cut_are_said_once_and_counted_once(make, caplog):
     for _ in range(2):
         reward(pictures(2), ["a red apple", long])
     assert len([m for m in caplog.messages if "`clip` reads 24 tokens" in m]) == 1
-    assert cut_prompts(Mix({"clip": reward}, {"clip": 1.0}), {"pocket": make("pocket")}) == {"clip": 1}
+    assert truncated_prompts(Mix({"clip": reward}, {"clip": 1.0}), {"pocket": make("pocket")}) == {"clip": 1}
     reward(pictures(1), [long + "apple"])
-    assert len(reward.cut_prompts) == 2
+    assert len(reward.truncated_prompts) == 2
 
 
 # Mixes and brakes.
@@ -253,7 +253,7 @@ def test_a_run_with_a_mix_and_all_brakes_and_a_tiny_decoder(tiny_args, functions
     summary = summary_of(tmp_path / "out")
     for name in ("reward", "reward_pocket", "reward_bright", "heldout", "heldout_falling", "diversity"):
         assert f"{name}_before" in summary and f"{name}_after" in summary
-    assert summary["diversity_by"] == "pocket_heldout" and summary["cut_prompts"] == {}
+    assert summary["diversity_by"] == "pocket_heldout" and summary["truncated_prompts"] == {}
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ta_loss" in row]
     for row in rows:  # the mean of what is capped is at most the capped mean

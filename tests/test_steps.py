@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
-from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
-from pipeline_one_step import OneStepPipeline, predict_x0
+from pipeline_one_step import OneStepPipeline
+from tests.runs import history, load, run, same, watch_actors, weights
 from tests.test_families import PREPARE, STOCK
-from tests.test_training import run, same, weights
 from tests.tiny import PROMPTS
 
 
@@ -38,9 +38,7 @@ def short_args(tiny_args, models):
 
 def make(command):
     """The generator's pipeline, before training."""
-    args = parse_args(command)
-    found = read_models(args)
-    return load_generator(args, found, load_reference(args, found, torch.float32))
+    return load(command)[-1]
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def draws(n, b=3, seed=0):
 def both_images(shipped, family, prompts):
     """What `__call__` gives, then the stock pipeline as the model card says, from the same torch generator."""
     scope, how = {"pipe": shipped}, {"guidance_scale": 0.0, "height": 16, "width": 16}
-    exec(stock_call(STOCK[family].__name__, shipped, PROMPTS[0]), scope)
+    exec(stock_call(FAMILIES[STOCK[family].__name__], shipped, PROMPTS[0]), scope)
     if family == "pixart":
         how.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
     how.update(num_inference_steps=len(shipped.timesteps), timesteps=shipped.timesteps)
@@ -107,11 +105,13 @@ def test_trained_exported_and_stock_give_the_same_images(
     seen, prompts = {}, [*PROMPTS[:2], ""]
     z, noise = draws(2)
 
-    def export(args, pipe, *rest):
+    def export(args, models, pipe, *rest):
         with torch.no_grad():
             c = Conditioning(pipe.encode_prompt, "cpu")(prompts)
-            seen["trained"] = pipe.decode(pipe.generate(pipe.denoiser, z, c, noise)).clamp(0, 1)
-        return script_export(args, pipe, *rest)
+            seen["trained"] = pipe.decode(seen["generator"].generate(z, c, noise)).clamp(0, 1)
+        return script_export(args, models, pipe, *rest)
+
+    watch_actors(monkeypatch, lambda actors: seen.update(generator=actors.generator))
 
     script_export = script.export
     monkeypatch.setattr(script, "export", export)
@@ -122,7 +122,7 @@ def test_trained_exported_and_stock_give_the_same_images(
         torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"at each of the timesteps {timesteps[0]}, {timesteps[1]}," in card and "{%" not in card
-    assert stock_call(STOCK[family].__name__, shipped, PROMPTS[0]) in card
+    assert stock_call(FAMILIES[STOCK[family].__name__], shipped, PROMPTS[0]) in card
 
 
 def test_one_step_is_what_it_was(pipe):
@@ -134,8 +134,8 @@ def test_one_step_is_what_it_was(pipe):
         with torch.no_grad():
             output = one.denoise(one.transformer, z, torch.full((3,), 400), c)
             alpha_bar = one.scheduler.alphas_cumprod[400]
-            alpha, sigma = alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
-            assert torch.equal(one.generate(one.transformer, z, c), predict_x0(output, z, alpha, sigma, "epsilon"))
+            x0 = (z - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+            assert torch.equal(one.generate(one.transformer, z, c), x0)
 
 
 def test_the_random_stream_of_one_step_is_a_part_of_that_of_several():
@@ -247,27 +247,27 @@ def test_continued_equals_never_stopped_and_brings_its_timesteps(short_args, tmp
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     run([*several, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", checkpoint])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
-    histories = [(tmp_path / name / "history.jsonl").read_text().splitlines() for name in ("whole", "out")]
-    assert histories[0][-1] == histories[1][-1] and '"step": 3' in histories[1][-1]
+    rows = [history(tmp_path / name)[-1] for name in ("whole", "out")]
+    assert rows[0] == rows[1] and rows[1]["step"] == 3
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "out")]
     assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"] != summaries[1]["heldout_before"]
 
     start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
     for more in ([], ["--generator_steps", "2"], ["--timestep", "400", "200"]):
-        assert read_models(parse_args([*start, *more])).timestep == [400, 200]
+        assert models_of(parse_args([*start, *more])).timestep == [400, 200]
     for more in (["--generator_steps", "1"], ["--timestep", "400"], ["--timestep", "400", "100"]):
         with pytest.raises(ValueError, match=r"was trained at t\* = 400 200: give the same --timestep"):
-            read_models(parse_args([*start, *more]))
+            models_of(parse_args([*start, *more]))
 
 
 def test_a_one_step_generator_can_go_on_with_more_steps(short_args, tmp_path):
     make(short_args("pixart", "--timestep", 300)).save_pretrained(tmp_path / "out")
     start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
-    assert read_models(parse_args(start)).timestep == 300
-    assert read_models(parse_args([*start, "--generator_steps", "3"])).timestep == [300, 200, 100]
-    assert read_models(parse_args([*start, "--timestep", "300", "50"])).timestep == [300, 50]
+    assert models_of(parse_args(start)).timestep == 300
+    assert models_of(parse_args([*start, "--generator_steps", "3"])).timestep == [300, 200, 100]
+    assert models_of(parse_args([*start, "--timestep", "300", "50"])).timestep == [300, 50]
     with pytest.raises(ValueError, match=r"was trained at t\* = 300"):
-        read_models(parse_args([*start, "--timestep", "400", "--generator_steps", "3"]))
+        models_of(parse_args([*start, "--timestep", "400", "--generator_steps", "3"]))
 
 
 def test_bfloat16_and_checkpointing_train_every_weight(short_args, models, tmp_path):

@@ -2,32 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
-from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.ema import ema_decay
-
-
-def run(arguments):
-    script.main(parse_args([str(a) for a in arguments]))
-
-
-def weights(folder):
-    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def checkpoints(folder):
-    return sorted(p.name for p in Path(folder).glob("*checkpoint-*"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from diff_instruct.training.optimizer import Trained
+from tests.runs import checkpoints, history, run, same, trained, watch_actors, weights
 
 
 def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys):
@@ -92,39 +75,26 @@ def test_only_generator_and_ta_are_trained(tiny_args, monkeypatch, options):
     """After a run: every trained parameter has moved; the reference's outputs are the same bit for bit."""
     seen = {}
 
-    def load_reference(*args):
-        seen["stock"] = script_load_reference(*args)
-        seen["before"] = {k: v.clone() for k, v in seen["stock"].transformer.state_dict().items()}
-        return seen["stock"]
+    def plain(network):
+        return {k.replace(".base_layer", ""): v.clone() for k, v in network.state_dict().items() if "lora" not in k}
 
-    def load_generator(*args):
-        seen["pipe"] = script_load_generator(*args)
-        seen["start"] = {k: v.clone() for k, v in seen["pipe"].transformer.state_dict().items()}
-        return seen["pipe"]
+    def look(actors):
+        seen.update(actors=actors, before=plain(actors.ref.network))
+        for name in ("generator", "ta"):
+            network = getattr(actors, name).network
+            names = {k for k in network.state_dict() if "lora" in k} or set(network.state_dict())
+            seen[name] = {k: v.clone() for k, v in network.named_parameters() if k in names}
 
-    def make_teaching_assistant(*args):
-        seen["ta"] = script_make_ta(*args)
-        seen["ta_start"] = {k: v.clone() for k, v in seen["ta"].named_parameters() if v.requires_grad}
-        return seen["ta"]
-
-    script_load_reference, script_load_generator = script.load_reference, script.load_generator
-    script_make_ta = script.make_teaching_assistant
-    monkeypatch.setattr(script, "load_reference", load_reference)
-    monkeypatch.setattr(script, "load_generator", load_generator)
-    monkeypatch.setattr(script, "make_teaching_assistant", make_teaching_assistant)
+    watch_actors(monkeypatch, look)
     run([*tiny_args, *options])
-
-    after = {
-        k.replace(".base_layer", ""): v for k, v in seen["stock"].transformer.state_dict().items() if "lora" not in k
-    }
-    assert same(seen["before"], after)
-    trained = {k: v for k, v in seen["ta"].named_parameters() if v.requires_grad}
-    assert trained.keys() == seen["ta_start"].keys() and all(v.dtype == torch.float32 for v in trained.values())
-    assert all("lora" in k for k in trained) == ("--ta_lora_rank" in options)
-    assert all(not torch.equal(v, seen["ta_start"][k]) for k, v in trained.items())
-    generator = dict(seen["pipe"].transformer.named_parameters())
-    assert all(v.dtype == torch.float32 and not torch.equal(v, seen["start"][k]) for k, v in generator.items())
-    for network in (seen["stock"].vae, seen["stock"].text_encoder):
+    actors, ta = seen["actors"], dict(seen["actors"].ta.network.named_parameters())
+    assert same(seen["before"], plain(actors.ref.network))
+    assert seen["ta"].keys() == {k for k, v in ta.items() if v.requires_grad}
+    assert all("lora" in k for k in seen["ta"]) == ("--ta_lora_rank" in options)
+    assert all(ta[k].dtype == torch.float32 and not torch.equal(ta[k], v) for k, v in seen["ta"].items())
+    generator = dict(actors.pipe.transformer.named_parameters())
+    assert all(v.dtype == torch.float32 and not torch.equal(v, seen["generator"][k]) for k, v in generator.items())
+    for network in (actors.stock.vae, actors.stock.text_encoder):
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
@@ -134,7 +104,8 @@ def test_only_generator_and_ta_are_trained(tiny_args, monkeypatch, options):
 )
 def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatch, options):
     """Pretrain 2 and align 4 steps; killed in step 4, after checkpoint-2 (between the stages) was written."""
-    options = [*tiny_args, "--pretrain_steps", 2, *options]
+    options, steps, step = [*tiny_args, "--pretrain_steps", 2, *options], [], Trained.step
+    monkeypatch.setattr(Trained, "step", lambda self: (steps.append(self.name == "generator"), step(self))[1])
     run([*options, "--output_dir", tmp_path / "whole"])
 
     calls = []
@@ -156,8 +127,8 @@ def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatc
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "killed")]
     for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
         assert summaries[0][key] == summaries[1][key]
-    logs = [(tmp_path / n / "history.jsonl").read_text() for n in ("whole", "killed")]
-    assert logs[0] == logs[1]
+    assert history(tmp_path / "whole") == history(tmp_path / "killed")
+    assert sum(steps) == 6 + 4 + 4  # whole; killed in step 4; resumed from step 2 instead of started again
 
 
 def test_a_half_written_checkpoint_is_ignored(tiny_args, tmp_path, monkeypatch):
@@ -182,7 +153,7 @@ def test_checkpoints_total_limit(tiny_args, tmp_path):
 
 def test_checkpoint_of_a_lora_ta_holds_no_base_weights(tiny_args, tmp_path):
     run([*tiny_args, "--ta_lora_rank", 2])
-    state = load_file(tmp_path / "out" / "checkpoint-4" / "model_1.safetensors")
+    state = trained(tmp_path / "out", 4, "teaching_assistant")
     assert state and all("lora" in key for key in state)
 
 
@@ -190,7 +161,7 @@ def test_average_is_what_ships(tiny_args, tmp_path):
     """With constant decay d: after n steps the average is (1 − d) Σ d^(n − i) θ_i, the first step taken whole."""
     options = [*tiny_args, "--checkpointing_steps", 1, "--max_train_steps", 3, "--ema_decay", 0.8]
     run(options)
-    theta = [load_file(tmp_path / "out" / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2, 3)]
+    theta = [trained(tmp_path / "out", i) for i in (1, 2, 3)]
     shipped = weights(tmp_path / "out")
     for key, value in theta[0].items():
         expected = 0.8 * (0.8 * value + 0.2 * theta[1][key]) + 0.2 * theta[2][key]
@@ -253,7 +224,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_spoil_nothing(tiny_args,
     with pytest.raises(FloatingPointError, match="generator was not finite 3 times in a row"):
         run([*tiny_args, "--checkpointing_steps", 1])
     assert not saved
-    start, last = (load_file(tmp_path / "out" / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2))
+    start, last = (trained(tmp_path / "out", i) for i in (1, 2))
     assert same(start, last)  # skipped steps leave the generator as it was
 
 
@@ -264,7 +235,6 @@ def test_gradients_that_are_not_finite_stop_the_run_and_spoil_nothing(tiny_args,
         (["--train_prompts", "/nowhere.txt"], "--train_prompts: no such file or folder"),
         (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2"),
         (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
-        (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7 is not a finished checkpoint"),
         (["--caption_column", "Prompt"], "no column `Prompt`"),
         (["--dataset_name", "user/set"], "either --dataset_name or --train_prompts"),

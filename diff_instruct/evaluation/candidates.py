@@ -1,17 +1,26 @@
 """The models that are compared: one-step generators and multi-step references, described in one word each."""
 
-from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.constants import HF_MODULES_CACHE
 from filelock import FileLock
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.families import FAMILIES, find_family
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import FAMILIES, WEIGHT_FILES, empty_network, read_index, read_models
+from diff_instruct.models.sources import (
+    WEIGHT_FILES,
+    ModelSource,
+    check_resolution,
+    empty_network,
+    grid_of,
+    read_index,
+    read_models,
+)
+from pipeline_one_step import family_of
 
 
 OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "variant": str}
@@ -72,20 +81,12 @@ class Contender:
         """What it is, for the output: path and the options that were given."""
         return {k: v for k, v in asdict(self).items() if v is not None and k != "name"}
 
-    def arguments(self, resolution, cache_dir):
-        """What `read_models`, `load_reference` and `load_generator` read of the training script's arguments."""
-        return Namespace(
-            pretrained_model_name_or_path=self.base or self.path,
-            pretrained_generator_name_or_path=self.path if self.base else None,
-            timestep=None if self.timestep is None else [self.timestep],
-            generator_steps=None,
-            variant=self.variant,
-            revision=None,
-            cache_dir=cache_dir,
-            resolution=resolution,
-            lora_rank=0,
-            enable_xformers_memory_efficient_attention=False,
-        )
+    def read(self, resolution, cache_dir):
+        """The `Models` of a stock pipeline, see `read_models`."""
+        reference = ModelSource(self.base or self.path, variant=self.variant, cache_dir=cache_dir)
+        generator = ModelSource(self.path, cache_dir=cache_dir) if self.base else None
+        timestep = None if self.timestep is None else [self.timestep]
+        return read_models(reference, generator, timestep=timestep, resolution=resolution)
 
 
 def check(contender, resolution, cache_dir, trust_remote_code):
@@ -115,7 +116,7 @@ def check(contender, resolution, cache_dir, trust_remote_code):
                 f"{entry} is a {index['_class_name']}: say steps=... and guidance=..., or, if it is a one-step model, "
                 "timestep=..."
             )
-    return read_models(contender.arguments(resolution, cache_dir))
+    return contender.read(resolution, cache_dir)
 
 
 def is_one_step(index):
@@ -127,10 +128,8 @@ def check_one_step(path, index, resolution, cache_dir):
     """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
     names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
     networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
-    denoiser = networks.get("transformer") or networks["unet"]
-    multiple = 2 ** (len(networks["vae"].config.block_out_channels) - 1) * denoiser.config.get("patch_size", 1)
-    if resolution is not None and (resolution < multiple or resolution % multiple):
-        raise Mistake(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {multiple}")
+    name = index.get("family") or family_of(networks.get("transformer"), networks.get("unet"))
+    check_resolution(resolution, grid_of(find_family(name, path), networks), path)
 
 
 def load(contender, models, resolution, cache_dir, dtype, device):
@@ -151,11 +150,10 @@ def load(contender, models, resolution, cache_dir, dtype, device):
                 contender.path, variant=contender.variant, cache_dir=cache_dir, dtype=dtype, trust_remote_code=True
             )
         return one_step(pipe.to(device), resolution)
-    args = contender.arguments(resolution, cache_dir)
-    stock = load_reference(args, models, dtype)
+    stock = load_reference(models, dtype)
     if contender.steps is not None:
-        return multi_step(stock.to(device), getattr(stock, models.denoiser), contender, resolution)
-    pipe = load_generator(args, models, stock)
+        return multi_step(models, stock.to(device), contender, resolution)
+    pipe = load_generator(models, stock)
     if pipe.denoiser.dtype != dtype:
         pipe.denoiser.to(dtype)
     pipe.denoiser.requires_grad_(False).eval()
@@ -175,18 +173,13 @@ def one_step(pipe, resolution):
     return draw, pipe.latent_shape(resolution, resolution)
 
 
-def multi_step(stock, network, contender, resolution):
+def multi_step(models, stock, contender, resolution):
     """`load` of a stock pipeline that is sampled in several steps with its own scheduler."""
-    stock.set_progress_bar_config(disable=True)
-    side = (resolution or network.config.sample_size * stock.vae_scale_factor) // stock.vae_scale_factor
-    options = {"num_inference_steps": contender.steps, "guidance_scale": contender.guidance, "output_type": "pt"}
-    options.update(height=side * stock.vae_scale_factor, width=side * stock.vae_scale_factor)
-    if isinstance(stock, PixArtAlphaPipeline):  # it would change the size and the prompt
-        options.update(use_resolution_binning=False, clean_caption=False)
+    grid = models.grid
+    side = resolution or grid.side
 
-    @torch.no_grad()
     def draw(prompts, n, z, generators):
-        z = z.to(network.dtype)
-        return stock(prompts, latents=z, generator=generators, num_images_per_prompt=n, **options).images.float()
+        options = contender.steps, contender.guidance, (side, side)
+        return models.family.sample(stock, prompts, z, *options, num_images=n, generator=generators)
 
-    return draw, (network.config.in_channels, side, side)
+    return draw, (grid.channels, side // grid.factor, side // grid.factor)

@@ -12,6 +12,16 @@ MEMORY_IS = {
 }
 
 
+def peak_gib(device):
+    """Peak memory so far: what PyTorch allocated on the GPU, or the resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 class Meter:
     """Measures what runs in `with meter:` as `seconds` and `gib`, see `MEMORY_IS`; make it before the model loads."""
 
@@ -30,8 +40,5 @@ class Meter:
             torch.cuda.synchronize(self.device)
             self.gib = (torch.cuda.max_memory_allocated(self.device) - self.before) / 2**30
         else:
-            import resource  # not on Windows
-
-            unit = 1 if sys.platform == "darwin" else 2**10
-            self.gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+            self.gib = peak_gib(self.device)
         self.seconds = time.perf_counter() - self.started

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from diff_instruct.evaluation.noise import fixed_noise, further_noise
+from diff_instruct.evaluation.pictures import draw
 from diff_instruct.rewards.base import Scorer
 
 
@@ -37,28 +38,38 @@ def diversity(features):
     return 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
 
 
-def judge_images(pixels, prompts, reward, heldout):
+def in_batches(function, pixels, batch_size, *prompts):
+    """`function(pixels, *prompts)`, a tensor (n, ...) or a dict of them, `batch_size` images at a time."""
+    starts = range(0, len(pixels), batch_size)
+    parts = [function(*(x[i : i + batch_size] for x in (pixels, *prompts))) for i in starts]
+    if isinstance(parts[0], dict):
+        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    return torch.cat(parts)
+
+
+def judge_images(pixels, prompts, reward, heldout, batch_size=16):
     """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s."""
     _, features_of = diversity_features(reward, heldout)
-    parts = reward.scores(pixels, prompts)
+    parts = in_batches(reward.scores, pixels, batch_size, prompts)
     row = {"reward": reward.combine(parts)}
     if not reward.is_plain:
         row |= {f"reward_{name}": r for name, r in parts.items()}
     for k, (name, scorer) in enumerate(heldout.items()):
-        row[f"heldout_{name}" if k else "heldout"] = scorer(pixels, prompts)
-    row["diversity"] = diversity(features_of(pixels))
+        row[f"heldout_{name}" if k else "heldout"] = in_batches(scorer, pixels, batch_size, prompts)
+    row["diversity"] = diversity(in_batches(features_of, pixels, batch_size))
     return row
 
 
 @torch.no_grad()
-def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward, heldout):
+def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, reward, heldout, batch_size):
     """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
 
     Args:
-        pipe: the generator, with the weights that are to be judged.
+        generator ([`Denoiser`]): with the weights that are to be judged.
         encode: prompts to conditioning.
         reward ([`Mix`]): what is trained on.
         heldout (`dict`): scorers by name, may be empty.
+        batch_size: images that are decoded and scored at a time.
 
     Returns:
         `dict` of tensors: (P, n) for `reward`, for its parts `reward_<name>` if it is more than one reward as it is,
@@ -68,8 +79,35 @@ def evaluate(accelerator, pipe, encode, prompts, n_images, latent_shape, reward,
     rows = []
     for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
         z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
-        x0 = pipe.generate(pipe.denoiser, z, encode(c), further_noise(pipe, z, i))
-        row = judge_images(pipe.decode(x0).clamp(0, 1), c, reward, heldout)
+        x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
+        pixels = torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
+        row = judge_images(pixels, c, reward, heldout, batch_size)
         rows.append((i, {key: value.tolist() for key, value in row.items()}))
     rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+class Judge:
+    """Scores and pictures of the generator on fixed prompts and seeds that are never trained on.
+
+    Args:
+        generator ([`Denoiser`]), trained ([`Trained`]): its average is judged, if it has one.
+        encode: prompts to conditioning.
+        prompts: to score; pictures: to draw.
+        n_images: for each of the prompts to score.
+        batch_size: images decoded and scored at a time.
+    """
+
+    def __init__(self, accelerator, generator, trained, encode, prompts, pictures, latent_shape, n_images, batch_size):
+        self.accelerator, self.generator, self.trained, self.encode = accelerator, generator, trained, encode
+        self.prompts, self.pictures, self.latent_shape = prompts, pictures, latent_shape
+        self.n_images, self.batch_size = n_images, batch_size
+        self.noise = fixed_noise(latent_shape, 0, len(pictures)).to(accelerator.device)
+
+    def __call__(self, reward, heldout, n_prompts=None):
+        """(scores as `evaluate` gives them, of the first `n_prompts` or all; pictures (B, 3, H, W) in [0, 1])."""
+        prompts, shape = self.prompts[:n_prompts], self.latent_shape
+        options = self.n_images, shape, reward, heldout, self.batch_size
+        with self.trained.averaged():
+            scores = evaluate(self.accelerator, self.generator, self.encode, prompts, *options)
+            return scores, draw(self.generator, self.encode, self.pictures, self.noise)

@@ -1,7 +1,6 @@
 """What people look at: the history of a run, its curves, its pictures and its progress bar."""
 
 import torch
-from diffusers import PixArtAlphaPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from diff_instruct.evaluation.noise import further_noise
@@ -32,24 +31,20 @@ def image_grid(columns, titles, prompts):
 
 
 @torch.no_grad()
-def draw(pipe, encode, prompts, noise):
-    """Images (B, 3, H, W) in [0, 1] of the generator for prompts and noise z (B, C, H, W); further noise is fixed."""
-    further = further_noise(pipe, noise, 0)
-    x0 = [
-        pipe.generate(pipe.denoiser, z[None], encode([c]), [eps[i : i + 1] for eps in further])
-        for i, (c, z) in enumerate(zip(prompts, noise))
-    ]
-    return torch.cat([pipe.decode(latents).clamp(0, 1) for latents in x0])
+def draw(generator, encode, prompts, noise):
+    """Images (B, 3, H, W) in [0, 1] of a generator, a [`Denoiser`], for prompts and noise z (B, C, H, W), one by one.
+
+    The noise of further steps is fixed."""
+    further = further_noise(generator.pipe, noise, 0)
+    pixels = []
+    for i, (c, z) in enumerate(zip(prompts, noise)):
+        x0 = generator.generate(z[None], encode([c]), [eps[i : i + 1] for eps in further])
+        pixels.append(generator.pipe.decode(x0).clamp(0, 1))
+    return torch.cat(pixels)
 
 
 @torch.no_grad()
-def draw_reference(stock, decode, prompts, noise, cfg_scale, steps=REFERENCE_STEPS):
-    """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance."""
-    stock.set_progress_bar_config(disable=True)
-    noise = noise.to(stock.vae.dtype)
-    height, width = (n * stock.vae_scale_factor for n in noise.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": cfg_scale, "height": height, "width": width}
-    if isinstance(stock, PixArtAlphaPipeline):  # it would change the size and the prompt
-        options.update(use_resolution_binning=False, clean_caption=False)
-    latents = [stock(c, latents=z[None], output_type="latent", **options).images for c, z in zip(prompts, noise)]
-    return torch.cat([decode(x0) for x0 in latents]).clamp(0, 1)
+def draw_reference(family, stock, prompts, noise, size, cfg_scale, steps=REFERENCE_STEPS):
+    """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance, one by one."""
+    pictures = [family.sample(stock, [c], z[None], steps, cfg_scale, size) for c, z in zip(prompts, noise)]
+    return torch.cat(pictures)

@@ -94,9 +94,9 @@ def report(args, contenders, kept, prompts, device):
     }
     baseline = args.baseline or next(iter(models))
     others = [name for name in models if name != baseline]
-    cut = {key: set() for key in next(iter(kept.values()))[0]["cut"]}
+    cut = {key: set() for key in next(iter(kept.values()))[0]["truncated"]}
     for b in (b for part in kept.values() for b in part):
-        for key, checksums in b["cut"].items():
+        for key, checksums in b["truncated"].items():
             cut[key].update(checksums)
     return {
         "prompts": {
@@ -119,7 +119,7 @@ def report(args, contenders, kept, prompts, device):
             "other_noise": [n for n in others if models[n]["latent_shape"] != models[baseline]["latent_shape"]],
         },
         "diversity_by": kept[baseline][0]["diversity_by"],
-        "cut_prompts": {key: len(checksums) for key, checksums in cut.items() if checksums},
+        "truncated_prompts": {key: len(checksums) for key, checksums in cut.items() if checksums},
         "seconds_are": f"median over batches of {args.batch_size} images at most, text encoder and VAE with it",
         "peak_memory_is": MEMORY_IS[device.type],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -163,8 +163,8 @@ def markdown(result):
             f"diversity: mean of 1 − cosine between the images of one prompt, by the image features of "
             f"`{result['diversity_by']}`."
         )
-    if result["cut_prompts"]:
-        cut = ", ".join(f"{name} {n}" for name, n in result["cut_prompts"].items())
+    if result["truncated_prompts"]:
+        cut = ", ".join(f"{name} {n}" for name, n in result["truncated_prompts"].items())
         text.append(f"Prompts that a scorer could read in part only: {cut}.")
     if comparison["models"]:
         rows = []

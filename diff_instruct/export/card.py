@@ -6,46 +6,34 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, model_info
+from huggingface_hub.errors import HfHubHTTPError
 
 from diff_instruct.training.papers import bibtex, method
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
-# How an exported generator runs in the stock pipeline of its family.
-STOCK_CALLS = {
-    "PixArtAlphaPipeline": """\
-from diffusers import LCMScheduler, PixArtAlphaPipeline
-stock = PixArtAlphaPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
-image = stock(
-    {prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=1.0, use_resolution_binning=False
-).images[0]""",
-    "StableDiffusionPipeline": """\
-from diffusers import LCMScheduler, StableDiffusionPipeline
-parts = {{"scheduler": LCMScheduler.from_config(pipe.scheduler.config), "safety_checker": None}}
-stock = StableDiffusionPipeline.from_pipe(pipe, **parts, feature_extractor=None, image_encoder=None)
-image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
-    "StableDiffusionXLPipeline": """\
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
-stock = StableDiffusionXLPipeline.from_pipe(pipe, scheduler=LCMScheduler.from_config(pipe.scheduler.config))
-image = stock({prompt}, num_inference_steps={steps}, timesteps={timesteps}, guidance_scale=0).images[0]""",
-}
 
 
 def stock_call(family, pipe, prompt):
     """The lines with which an exported generator runs in the stock pipeline of its family."""
     words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
-    return STOCK_CALLS[family].format(**words)
+    return family.stock_call.format(**words)
 
 
 def base_license(base):
-    """The licence that the base model's card names, or None."""
+    """The licence that the base model's card names, or None if it names none or cannot be read."""
     card = Path(base) / "README.md"
     if card.is_file():
         return ModelCard.load(card).data.get("license")
     if Path(base).is_dir():
         return None
-    return model_info(base).card_data.get("license")
+    try:
+        card_data = model_info(base).card_data
+    except (OSError, HfHubHTTPError) as error:
+        print(f"The licence of {base} could not be asked for ({str(error).splitlines()[0]}): set it in the card.")
+        return None
+    return None if card_data is None else card_data.get("license")
 
 
 def figures_table(summary):
@@ -79,10 +67,10 @@ def label(figure, summary):
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
 
-def write_card(args, pipe, summary, stock_class, prompt):
+def write_card(args, pipe, summary, family, prompt, license):
     """Fill `model_card_template.md` with what was measured; returns the card."""
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
-    license = base_license(base)
+    stock_class = family.stock
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -99,7 +87,7 @@ def write_card(args, pipe, summary, stock_class, prompt):
         method=method(args),
         citations="\n\n".join(bibtex(name) for name in dict.fromkeys(["Diff-Instruct++", method(args)])),
         timesteps=pipe.timesteps,
-        stock_call=stock_call(stock_class.__name__, pipe, prompt),
+        stock_call=stock_call(family, pipe, prompt),
         stock_class=stock_class.__name__,
         lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
         start=args.pretrained_generator_name_or_path or base,

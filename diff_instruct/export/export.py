@@ -1,56 +1,84 @@
 """Writes what a run is for: the pipeline, its model card and the summary; and puts them on the Hub."""
 
 import json
+import shlex
 from pathlib import Path
 
+import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import get_peft_model_state_dict
 
 from diff_instruct.export.card import LORA_WEIGHTS, write_card
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
 
 
 def save_lora(folder, stock_class, network):
     """`pytorch_lora_weights.safetensors`, as the stock pipeline's `load_lora_weights` takes it."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    metadata = network.peft_config["default"].to_dict()
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name="generator"))
+    metadata = network.peft_config["generator"].to_dict()
     stock_class.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
 
 
-def export(args, pipe, summary, stock_class, prompt):
-    """Save the pipeline, card and `training_summary.json` in `--output_dir`; push them if asked to.
+def save_frozen_parts(models, pipe, folder):
+    """Write VAE and text encoders as they were published, where the run holds them rounded to another dtype."""
+    for name in models.networks:
+        part = getattr(pipe, name)
+        if name == models.denoiser or part.dtype == torch.float32:
+            continue
+        own_vae = name == "vae" and models.vae is not None
+        source, where = (models.vae, {}) if own_vae else (models.reference, {"subfolder": name})
+        type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder / name)
+
+
+def export(args, models, pipe, summary, prompt, license=None):
+    """Save the pipeline, card and `training_summary.json` in `--output_dir`.
 
     With `--lora_rank` the pipeline gets the merged network.
 
     Returns:
-        The card of the pushed or written model.
+        The card.
     """
     folder = Path(args.output_dir)
     if args.lora_rank > 0:
-        network, name = pipe.denoiser, "transformer" if pipe.unet is None else "unet"
-        if name == "unet":  # PixArtAlphaPipeline has no `load_lora_weights`
-            save_lora(folder, stock_class, network)
-        pipe.register_modules(**{name: merged(network)})
+        network = pipe.denoiser
+        if models.family.has_lora_files:
+            save_lora(folder, models.family.stock, network)
+        pipe.register_modules(**{models.denoiser: merged(network, "generator")})
     pipe.save_pretrained(folder)
+    save_frozen_parts(models, pipe, folder)
     (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    card = write_card(args, pipe, summary, stock_class, prompt)
-    if args.push_to_hub:
-        repo = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
-        parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
-        files = [
-            "model_index.json",
-            LORA_WEIGHTS,
-            "pipeline_one_step.py",
-            "README.md",
-            "*.png",
-            "training_summary.json",
-        ]
+    return write_card(args, pipe, summary, models.family, prompt, license)
+
+
+def create_repository(args):
+    """The repository of `--push_to_hub`, made before the run, so that a mistake shows then.
+
+    Raises:
+        Mistake: if it cannot be made.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise Mistake(f"--push_to_hub: {name} cannot be created on the Hub: {str(error).splitlines()[0]}") from None
+
+
+def upload(args, repo, pipe):
+    """Upload pipeline, card, pictures and summary; if that fails, say which command does it later."""
+    parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
+    files = ["model_index.json", LORA_WEIGHTS, "pipeline_one_step.py", "README.md", "*.png", "training_summary.json"]
+    try:
         upload_folder(
             repo_id=repo,
-            folder_path=folder,
+            folder_path=args.output_dir,
             allow_patterns=parts + files,
             commit_message="Diff-Instruct++ one-step generator",
             token=args.hub_token,
         )
-    return card
+    except (OSError, HfHubHTTPError) as error:
+        include = shlex.join(word for pattern in parts + files for word in ("--include", pattern))
+        print(f"The upload failed ({str(error).splitlines()[0]}). The export is whole; upload it with")
+        print(f"    hf upload {repo} {shlex.quote(args.output_dir)} . {include}")

@@ -1,6 +1,7 @@
-"""LoRA by peft, in any of the networks: put in, switched off, merged."""
+"""LoRA by peft, in any of the networks: named adapters in one base, who of them acts, merged."""
 
-from contextlib import contextmanager, nullcontext
+import warnings
+from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
@@ -9,65 +10,86 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+def add_lora(network, name, rank, alpha, targets):
+    """Freeze a network and put float32 adapters, which start as zero, into its layers; returns it.
 
+    Works on the network itself, PixArt's included, which has no `add_adapter`. Adapters of other names may be there.
 
-def trainable(network):
-    """The parameters of a network that are trained."""
-    return [p for p in network.parameters() if p.requires_grad]
-
-
-def add_lora(network, rank, alpha=None):
-    """Freeze a network and put float32 adapters, which start as zero, into its attention and feed-forward layers.
-
-    Works on the network itself, PixArt's included, which has no `add_adapter`. Returns it.
+    Args:
+        name: of the adapters, "generator" or "ta".
+        targets: ends of the names of the layers, as in peft.
     """
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
+    with warnings.catch_warnings():  # that there are adapters already is what is wanted
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(config, network, adapter_name=name)
     network.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=LORA_TARGETS)
-    inject_adapter_in_model(config, network, adapter_name="default")
-    for p in trainable(network):
+    for p in trained_parameters(network, name).values():
         p.data = p.data.float()
     return network
 
 
-@contextmanager
-def adapters(network, enabled):
-    """Within: the network with its LoRA adapters, or without them, as the base."""
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and m.disable_adapters == enabled]
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+def trained_parameters(network, adapter=None):
+    """What is trained of a network, by name: its adapters of this name, or all of it."""
+    parameters = dict(network.named_parameters())
+    return parameters if adapter is None else {k: p for k, p in parameters.items() if f".{adapter}." in k}
 
-    def switch(to):
-        for layer in layers:
-            layer.enable_adapters(to)
-        for p, flag in flags:  # PEFT's switch also sets requires_grad
+
+def lora_layers(network):
+    """The layers that adapters are in."""
+    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+
+
+@contextmanager
+def acting(layers, name):
+    """Within: the adapters of this name act in the layers; none of them, so the base alone, if it is None.
+
+    Which parameters require a gradient does not change.
+    """
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    before = [None if layer.disable_adapters else layer.active_adapters for layer in layers]
+
+    def switch(layer, to):
+        layer.enable_adapters(to is not None)
+        if to is not None:
+            layer.set_adapter(to)
+
+    def restore_flags():  # peft's switches also set requires_grad
+        for p, flag in flags:
             p.requires_grad_(flag)
 
-    switch(enabled)
+    for layer in layers:
+        switch(layer, name)
+    restore_flags()
     try:
         yield
     finally:
-        switch(not enabled)
+        flags = [(p, p.requires_grad) for p, _ in flags]
+        for layer, to in zip(layers, before):
+            switch(layer, to)
+        restore_flags()
 
 
 def checkpoint_block(block, *args):
-    """Gradient checkpointing for `enable_gradient_checkpointing`, where the same block serves as TA and as reference.
+    """Gradient checkpointing for `enable_gradient_checkpointing`, where one network acts in several roles.
 
     The backward pass computes the block again; that must happen with adapters as they were in the forward pass, not as
-    they are then, or the gradient is silently that of the other network.
+    they are then, or the gradient is silently that of another role.
     """
-    layers = [m for m in block.modules() if isinstance(m, BaseTunerLayer)]
-    enabled = not any(layer.disable_adapters for layer in layers)
-    contexts = lambda: (nullcontext(), adapters(block, enabled))  # noqa: E731
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    layers = lora_layers(block)
+    role = None
+    if layers and not layers[0].disable_adapters:
+        role = layers[0].active_adapters[0]
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (acting([], None), acting(layers, role)))
 
 
 @torch.no_grad()
-def merged(network):
+def merged(network, adapter):
     """A plain float32 network of the same class, the adapters added to its weights; the given one is left alone."""
     state = {k.replace(".base_layer", ""): v.float() for k, v in network.state_dict().items() if ".lora_" not in k}
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("default")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
     with init_empty_weights():
         plain = type(network).from_config(network.config)
     plain.load_state_dict(state, assign=True)

@@ -2,7 +2,7 @@
 
 import copy
 
-from diff_instruct.models.lora import add_lora, trainable
+from diff_instruct.models.lora import add_lora, trained_parameters
 
 
 GIB = 2**30
@@ -20,7 +20,7 @@ def plan(args, models, mixed_precision):
     `--gradient_checkpointing` and `--reward_batch_size`.
 
     Args:
-        models: from `configs.read_models`.
+        models ([`Models`]): what is known of them.
         mixed_precision (`str`): "no" or "bf16", which what is frozen is kept in.
 
     Returns:
@@ -33,7 +33,8 @@ def plan(args, models, mixed_precision):
     def trained(lora_rank, base_bytes, ema):
         weights, k = 4 * n, n
         if lora_rank:
-            k = count(trainable(add_lora(copy.deepcopy(reference), lora_rank)))
+            adapted = add_lora(copy.deepcopy(reference), "counted", lora_rank, None, models.family.lora_targets)
+            k = count(trained_parameters(adapted, "counted").values())
             weights = base_bytes + 4 * k
         return {"weights": weights, "gradients": 4 * k, "optimizer": adam * k, "ema": 4 * k if ema else 0}
 
@@ -41,8 +42,9 @@ def plan(args, models, mixed_precision):
         return {"weights": frozen * parameters, "gradients": 0, "optimizer": 0, "ema": 0}
 
     return {
-        "generator": trained(args.lora_rank, frozen * n, args.use_ema),
-        "teaching assistant": trained(args.ta_lora_rank, 0, False),  # LoRA: on the reference's own weights
+        # LoRA is on the reference's own weights, unless the generator starts from others
+        "generator": trained(args.lora_rank, frozen * n if models.generator else 0, args.use_ema),
+        "teaching assistant": trained(args.ta_lora_rank, 0, False),
         "reference": held(n),
         **{k: held(count(v.parameters())) for k, v in models.networks.items() if k != models.denoiser},
     }

@@ -1,4 +1,4 @@
-"""What can be known of the models without their weights: family, t*, sizes, and mistakes in the arguments."""
+"""Where models are from, and what can be known of them without their weights: family, t*, sizes, mistakes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,34 +13,68 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.families import Family, find_family
+from pipeline_one_step import FAMILIES as PIPELINE_FAMILIES
 
 
-# The stock pipelines, with their network and where a generator is evaluated if nobody says: σ/α = 2.0 (as in DMD),
-# 2.5 (as in SiD-LSG) and 1.2 (as in DMD2) on their schedules.
-FAMILIES = {
-    "PixArtAlphaPipeline": ("transformer", 400),
-    "StableDiffusionPipeline": ("unet", 625),
-    "StableDiffusionXLPipeline": ("unet", 399),
-}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_FILES = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a Hub id or a folder; with the revision and the variant of its files on the Hub."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def where(self):
+        """Arguments of `load_config` beside the path."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    @property
+    def options(self):
+        """Arguments of `from_pretrained` beside the path."""
+        return {**self.where, "variant": self.variant}
+
+
+@dataclass(frozen=True)
 class Models:
-    """The reference's parts, as empty networks on the meta device, and where the generator is evaluated.
+    """What is known of the models before weights load.
 
     Args:
-        family: class of the stock pipeline.
-        denoiser: name of its network, "transformer" or "unet".
-        networks: name to network, without memory for its weights.
-        timestep: t*; or a list, if the generator takes several steps.
+        reference ([`ModelSource`]), generator, vae (the same, or None): where they are from.
+        family ([`Family`]): of the reference.
+        networks: name to network of the reference, on the meta device, without memory for its weights.
+        timestep: t*, where the generator is evaluated; or a list, if it takes several steps.
+        input_noise: "unit" or "scaled", what enters there.
     """
 
-    family: str
-    denoiser: str
+    reference: ModelSource
+    generator: ModelSource | None
+    vae: ModelSource | None
+    family: Family
     networks: dict
     timestep: int | list[int]
+    input_noise: str
+
+    @property
+    def denoiser(self):
+        """Name of the network that denoises."""
+        return self.family.denoiser
+
+    @property
+    def grid(self):
+        """The `Grid` of its latents."""
+        return grid_of(self.family, self.networks)
+
+
+def grid_of(family, networks):
+    """The `Grid` of the latents of a dictionary of networks."""
+    return PIPELINE_FAMILIES[family.stock.__name__].grid(networks[family.denoiser].config, networks["vae"].config)
 
 
 def read_index(path, **where):
@@ -79,57 +113,106 @@ def empty_network(path, name, library, class_name, **where):
         raise Mistake(f"{path} has no {name}: expected {name}/config.json of a {class_name}") from None
 
 
-def read_models(args):
-    """Read the configs of the reference and of the generator.
+def read_schedule(source):
+    """(last timestep of the schedule, its T) of the reference, from the config alone.
 
     Raises:
-        Mistake: for a pipeline that is not there, not supported or not complete, a schedule that is not a
-            variance-preserving one, a t* outside it, a resolution that the VAE cannot make, a generator that does not
-            fit.
+        Mistake: if there is none, or it is no variance-preserving one.
     """
-    path, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    index = read_index(path, **where)
-    family = index["_class_name"]
-    if isinstance(family, list):  # [module, class] of a pipeline that brings its own code
-        family = family[1]
-    if family not in FAMILIES:
-        raise Mistake(f"{path} is a {family}; supported are {', '.join(FAMILIES)}")
-    denoiser, default_timestep = FAMILIES[family]
-    if args.enable_xformers_memory_efficient_attention and denoiser != "unet":
-        raise Mistake(f"--enable_xformers_memory_efficient_attention is for UNets, but {path} is a {family}")
-
     try:
-        schedule = DDPMScheduler.load_config(path, subfolder="scheduler", **where)
+        schedule = DDPMScheduler.load_config(source.path, subfolder="scheduler", **source.where)
     except OSError:
-        raise Mistake(f"{path} has no scheduler: expected scheduler/scheduler_config.json") from None
+        raise Mistake(f"{source.path} has no scheduler: expected scheduler/scheduler_config.json") from None
     prediction_type = schedule.get("prediction_type", "epsilon")
     if "beta_schedule" not in schedule or prediction_type not in PREDICTION_TYPES:
         raise Mistake(
-            f"{path} has a {schedule['_class_name']} with prediction type {prediction_type}; supported are schedules "
-            f"with betas (variance-preserving) and {', '.join(PREDICTION_TYPES)}"
+            f"{source.path} has a {schedule['_class_name']} with prediction type {prediction_type}; supported are "
+            f"schedules with betas (variance-preserving) and {', '.join(PREDICTION_TYPES)}"
         )
+    return 0, schedule.get("num_train_timesteps", 1000) - 1
 
-    names = [denoiser, "vae", *sorted(k for k in index if k.startswith("text_encoder"))]
+
+def read_networks(source, family, index, vae=None):
+    """The networks of a pipeline, name to network, on the meta device.
+
+    Raises:
+        Mistake: if one is missing, or the VAE of another source has other latents.
+    """
+    names = [family.denoiser, "vae", *sorted(k for k in index if k.startswith("text_encoder"))]
     if "text_encoder" not in names or any(index.get(name, [None])[0] is None for name in names):
-        missing = [n for n in (denoiser, "vae", "text_encoder", "text_encoder_2") if index.get(n, [None])[0] is None]
-        raise Mistake(f"{path} has no {missing[0]}: its model_index.json must name one")
-    networks = {name: empty_network(path, name, *index[name], **where) for name in names}
+        missing = [n for n in (*names, "text_encoder", "text_encoder_2") if index.get(n, [None])[0] is None]
+        raise Mistake(f"{source.path} has no {missing[0]}: its model_index.json must name one")
+    networks = {name: empty_network(source.path, name, *index[name], **source.where) for name in names}
+    if vae is not None:
+        own, cls = grid_of(family, networks), type(networks["vae"])
+        try:
+            config = cls.load_config(vae.path, **vae.where)
+        except OSError:
+            raise Mistake(
+                f"--pretrained_vae_model_name_or_path {vae.path}: no config.json of a VAE is there"
+            ) from None
+        with init_empty_weights():
+            networks["vae"] = cls.from_config(config)
+        other = grid_of(family, networks)
+        if (other.factor, config.get("latent_channels")) != (own.factor, own.channels):
+            raise Mistake(f"--pretrained_vae_model_name_or_path {vae.path} has other latents than {source.path}")
+    return networks
 
-    config, blocks = networks[denoiser].config, networks["vae"].config.block_out_channels
-    multiple = 2 ** (len(blocks) - 1) * config.get("patch_size", 1)
-    if args.resolution is not None and (args.resolution < multiple or args.resolution % multiple):
-        raise Mistake(f"--resolution {args.resolution} cannot be made: it must be a multiple of {multiple}")
 
-    trained_at = [default_timestep]
-    if args.pretrained_generator_name_or_path is not None:
-        trained_at = check_generator(args, denoiser, networks[denoiser])
-    timesteps = fixed_timesteps(args.timestep or trained_at, args.generator_steps)
-    last = schedule.get("num_train_timesteps", 1000) - 1
-    if not (0 <= timesteps[-1] and timesteps[0] <= last):
-        raise Mistake(f"--timestep {words(timesteps)} is outside the schedule of {path}: t* must be in 0..{last}")
+def check_resolution(resolution, grid, path):
+    """Raises Mistake for a resolution that the latents cannot make; None is the model's own."""
+    if resolution is not None and (resolution < grid.multiple or resolution % grid.multiple):
+        raise Mistake(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {grid.multiple}")
+
+
+def read_models(
+    reference, generator=None, vae=None, timestep=None, generator_steps=None, resolution=None, input_noise=None
+):
+    """Read the configs of the reference and of the generator.
+
+    Args:
+        reference, generator, vae ([`ModelSource`]): the last two may be None: as the reference.
+        timestep (`list[int]`), generator_steps, resolution, input_noise: what is asked for, or None.
+
+    Raises:
+        Mistake: for a pipeline that is not there, not supported or not complete, a schedule that is not its family's,
+            a t* outside it, a resolution that the latents cannot make, a VAE or a generator that does not fit.
+    """
+    path = reference.path
+    index = read_index(path, **reference.where)
+    name = index["_class_name"]
+    family = find_family(name[1] if isinstance(name, list) else name, path)  # [module, class]: it brings its own code
+    first, last = read_schedule(reference)
+    networks = read_networks(reference, family, index, vae)
+    check_resolution(resolution, grid_of(family, networks), path)
+
+    trained_at, own_noise = [family.timestep], None
+    if generator is not None:
+        trained_at, own_noise = check_generator(
+            generator, family.denoiser, networks[family.denoiser], timestep, generator_steps
+        )
+    if None not in (own_noise, input_noise) and own_noise != input_noise:
+        raise Mistake(f"{generator.path} was trained with --input_noise {own_noise}: give the same, or none")
+    timesteps = fixed_timesteps(timestep or trained_at, generator_steps)
+    if not (first <= timesteps[-1] and timesteps[0] <= last):
+        raise Mistake(
+            f"--timestep {words(timesteps)} is outside the schedule of {path}: t* must be in {first}..{last}"
+        )
     if len(set(timesteps)) < len(timesteps):
         raise Mistake(f"--timestep {timesteps[0]} is too low for {len(timesteps)} steps: {words(timesteps)}")
-    return Models(family, denoiser, networks, timesteps if len(timesteps) > 1 else timesteps[0])
+    at = timesteps if len(timesteps) > 1 else timesteps[0]
+    return Models(reference, generator, vae, family, networks, at, own_noise or input_noise or "unit")
+
+
+def models_of(args):
+    """The [`Models`] that the training script's arguments ask for. Raises as `read_models`."""
+    cache_dir = args.cache_dir
+    reference = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, cache_dir)
+    others = args.pretrained_generator_name_or_path, args.pretrained_vae_model_name_or_path
+    generator, vae = (path and ModelSource(path, cache_dir=cache_dir) for path in others)
+    return read_models(
+        reference, generator, vae, args.timestep, args.generator_steps, args.resolution, args.input_noise
+    )
 
 
 def fixed_timesteps(named, n):
@@ -146,13 +229,13 @@ def words(timesteps):
     return " ".join(map(str, timesteps))
 
 
-def generator_source(args, denoiser):
+def generator_weights(source, denoiser):
     """Where the generator's weights are: ("file", path) of one file, or ("folder", arguments of `from_pretrained`).
 
     Raises:
         Mistake: if nothing is there.
     """
-    path = args.pretrained_generator_name_or_path
+    path = source.path
     if path.endswith(WEIGHT_FILES):
         if Path(path).is_file():
             return "file", path
@@ -160,7 +243,7 @@ def generator_source(args, denoiser):
         if len(rest) < 2 or owner in ("", ".", ".."):
             raise Mistake(f"--pretrained_generator_name_or_path: there is no file {path}")
         try:
-            return "file", hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=args.cache_dir)
+            return "file", hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=source.cache_dir)
         except OSError as error:
             raise Mistake(f"{path} can be neither found nor downloaded: {str(error).splitlines()[0]}") from None
     if Path(path).is_dir() and (Path(path) / "config.json").is_file():
@@ -173,47 +256,56 @@ def generator_source(args, denoiser):
     return "folder", {"pretrained_model_name_or_path": path, "subfolder": denoiser}
 
 
-def check_generator(args, denoiser, reference):
-    """The timesteps of the given generator, after comparing its shapes with those of the reference's network.
+def generator_shapes(source, denoiser, network):
+    """(shapes of the generator's weights by name, its `model_index.json` or {}), without loading it.
+
+    Raises:
+        Mistake: if it is not there or of another class.
+    """
+    path = source.path
+    kind, weights = generator_weights(source, denoiser)
+    if kind == "file":
+        return weight_shapes(weights), {}
+    index = {}
+    if "subfolder" in weights:
+        index = read_index(path, cache_dir=source.cache_dir)
+        if index.get(denoiser, [None])[0] is None:
+            raise Mistake(f"{path} has no {denoiser}, which a generator for this reference needs")
+    try:
+        config = type(network).load_config(**weights, cache_dir=source.cache_dir)
+    except OSError:
+        raise Mistake(f"{path} has no {denoiser}/config.json") from None
+    if config["_class_name"] != type(network).__name__:
+        raise Mistake(f"{path} is a {config['_class_name']}, but the reference a {type(network).__name__}")
+    with init_empty_weights():
+        return {k: tuple(v.shape) for k, v in type(network).from_config(config).state_dict().items()}, index
+
+
+def check_generator(source, denoiser, network, timestep, generator_steps):
+    """(timesteps, input noise or None) of the given generator, whose shapes must be those of the reference's network.
 
     Raises:
         Mistake: if it does not fit, or nobody says its t*, or the arguments say another.
     """
-    path = args.pretrained_generator_name_or_path
-    kind, source = generator_source(args, denoiser)
-    expected, trained_at = {k: tuple(v.shape) for k, v in reference.state_dict().items()}, None
-    if kind == "file":
-        shapes = weight_shapes(source)
-    else:
-        if "subfolder" in source:
-            index = read_index(path, cache_dir=args.cache_dir)
-            trained_at = index.get("timestep")
-            if index.get(denoiser, [None])[0] is None:
-                raise Mistake(f"{path} has no {denoiser}, which a generator for this reference needs")
-        try:
-            config = type(reference).load_config(**source, cache_dir=args.cache_dir)
-        except OSError:
-            raise Mistake(f"{path} has no {denoiser}/config.json") from None
-        if config["_class_name"] != type(reference).__name__:
-            raise Mistake(f"{path} is a {config['_class_name']}, but the reference a {type(reference).__name__}")
-        with init_empty_weights():
-            shapes = {k: tuple(v.shape) for k, v in type(reference).from_config(config).state_dict().items()}
+    path, expected = source.path, {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    shapes, index = generator_shapes(source, denoiser, network)
     wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
     if wrong:
         raise Mistake(
             f"{path} does not fit the reference's {denoiser}: {len(wrong)} of {len(expected)} weights are missing, "
             f"not expected or of another shape, such as {', '.join(wrong[:3])}"
         )
-    if trained_at is None and args.timestep is None:
+    trained_at = index.get("timestep")
+    if trained_at is None and timestep is None:
         raise Mistake(f"{path} names no t*: give the timestep that it is evaluated at with --timestep")
     if trained_at is None:
-        return args.timestep
+        return timestep, None
     trained_at = trained_at if isinstance(trained_at, list) else [trained_at]
-    asked = fixed_timesteps(args.timestep or trained_at, args.generator_steps)
-    if trained_at not in (asked, asked[:1]) or args.generator_steps not in (None, len(asked)):
+    asked = fixed_timesteps(timestep or trained_at, generator_steps)
+    if trained_at not in (asked, asked[:1]) or generator_steps not in (None, len(asked)):
         own = words(trained_at)
         raise Mistake(f"{path} was trained at t* = {own}: give the same --timestep and --generator_steps, or none")
-    return trained_at
+    return trained_at, index.get("input_noise", "unit")
 
 
 def weight_shapes(file):

@@ -25,7 +25,7 @@ class Scorer(torch.nn.Module):
     def __init__(self, name, tokenizer=None, max_length=None, padding=True):
         super().__init__()
         self.name, self.tokenizer, self.max_length, self.padding = name, tokenizer, max_length, padding
-        self.cut_prompts = set()  # checksums, so that each prompt counts once, in all processes together
+        self.truncated_prompts = set()  # checksums, so that each prompt counts once, in all processes together
 
     def train(self, mode=True):
         """Dropout would make scores random: always eval."""
@@ -44,12 +44,12 @@ class Scorer(torch.nn.Module):
         prompts = list(prompts)
         lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
         cut = {zlib.crc32(p.encode()) for p, length in zip(prompts, lengths) if length > self.max_length}
-        if cut and not self.cut_prompts:
+        if cut and not self.truncated_prompts:
             logger.warning(
                 f"reward `{self.name}` reads {self.max_length} tokens: what a prompt says after that does not count. "
                 "How many prompts were cut is in the summary at the end."
             )
-        self.cut_prompts |= cut
+        self.truncated_prompts |= cut
         return self.tokenizer(
             prompts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)

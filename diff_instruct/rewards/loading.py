@@ -124,12 +124,12 @@ def load_heldout(args, device):
     return load_scorers(args.heldout_reward or [], args.reward_checkpoint, args.cache_dir, device)
 
 
-def cut_prompts(reward, heldout):
+def truncated_prompts(reward, heldout):
     """How many different prompts each scorer read in part only, over all processes; those that cut none are left out.
 
     Args:
         reward ([`Mix`]), heldout (`dict`): what `load_mix` and `load_heldout` returned.
     """
     scorers = {**dict(zip(reward.names, reward.rewards)), **heldout}
-    cut = {name: gather_object(list(s.cut_prompts)) for name, s in scorers.items() if isinstance(s, Scorer)}
+    cut = {name: gather_object(list(s.truncated_prompts)) for name, s in scorers.items() if isinstance(s, Scorer)}
     return {name: len(set(checksums)) for name, checksums in cut.items() if checksums}

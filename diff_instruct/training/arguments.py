@@ -47,6 +47,15 @@ def build_parser():
     g.add_argument("--variant", help="variant of the reference's files, for example fp16")
     g.add_argument("--cache_dir", help="where downloads are kept")
     g.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="another VAE with the same latents, for example one that is stable in bf16",
+    )
+    g.add_argument(
+        "--input_noise",
+        choices=["unit", "scaled"],
+        help="what enters at t*: z, or σ_t z (SIM, SiD-LSG); default: the generator's own, else unit",
+    )
+    g.add_argument(
         "--timestep",
         type=int,
         nargs="+",
@@ -76,6 +85,12 @@ def build_parser():
     g.add_argument("--num_eval_prompts", type=int, default=64, help="how many prompts are judged, at most")
     g.add_argument("--num_eval_images", type=int, default=4, help="images (seeds) for each of them; at least 2")
     g.add_argument("--validation_prompts", nargs="+", help="prompts to draw; default: the first few eval prompts")
+    g.add_argument(
+        "--num_validation_prompts",
+        type=int,
+        default=8,
+        help="how many of those are drawn without --validation_prompts",
+    )
     g.add_argument("--validation_steps", type=int, default=100, help="draw and judge every so many steps; 0: never")
 
     g = parser.add_argument_group("Algorithm 1")
@@ -192,6 +207,7 @@ def build_parser():
     g.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
     g.add_argument("--tracker_project_name", default="diff-instruct-pp")
     g.add_argument("--push_to_hub", action="store_true", help="upload the exported pipeline")
+    g.add_argument("--hub_private_repo", action="store_true", help="create that repository as a private one")
     g.add_argument("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
     g.add_argument("--hub_token", help="token for the Hub; default: the one you logged in with")
     return parser

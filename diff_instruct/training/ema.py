@@ -1,8 +1,4 @@
-"""The generator's average."""
-
-from contextlib import contextmanager
-
-from diff_instruct.models.lora import trainable
+"""How slowly the generator's average moves."""
 
 
 def ema_decay(args, pretraining, batch_size, images_seen):
@@ -12,17 +8,3 @@ def ema_decay(args, pretraining, batch_size, images_seen):
         return args.ema_decay
     halflife = min(args.ema_halflife, args.ema_rampup_ratio * images_seen)
     return 0.5 ** (batch_size / max(halflife, 1e-8))
-
-
-@contextmanager
-def averaged(ema, network):
-    """Within: the network's trained weights are their averages (or its own, if `ema` is None)."""
-    if ema is None:
-        yield
-        return
-    ema.store(trainable(network))
-    ema.copy_to(trainable(network))
-    try:
-        yield
-    finally:
-        ema.restore(trainable(network))

@@ -8,15 +8,33 @@ from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 from diff_instruct.mistake import Mistake
 
 
-def check_accelerations(args, device):
-    """Options that need a package or a GPU.
+def check_engine(args):
+    """Refuses what accelerate may be configured for and the script does not do.
+
+    Raises:
+        Mistake: for float16, DeepSpeed or FSDP.
+    """
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise Mistake(f"mixed precision {precision} is not supported: gradients at x0 overflow; take bf16")
+    for variable, engine in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise Mistake(f"{engine} is not supported: run `accelerate config` again for several GPUs without it")
+
+
+def check_accelerations(args, models, accelerator):
+    """Options that need a package, a GPU or a UNet.
 
     Raises:
         Mistake: in one line, if it is not there.
     """
+    device = accelerator.device
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise Mistake("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     if args.enable_xformers_memory_efficient_attention:
+        if models.denoiser != "unet":
+            name = models.family.stock.__name__
+            raise Mistake(f"--enable_xformers_memory_efficient_attention is for UNets, but the reference is a {name}")
         if not is_xformers_available():
             raise Mistake("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
         if device.type != "cuda":

@@ -1,11 +1,15 @@
 """The history of a run: figures, curves, and pictures for the trackers."""
 
 import json
+import time
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from diff_instruct.evaluation.cost import peak_gib
 
 
 PANELS = {
@@ -16,6 +20,48 @@ PANELS = {
     "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
     "x0": ["x0_mean", "x0_std"],
 }
+TIMINGS = ("seconds_per_step", "images_per_second", "peak_memory_gib")
+
+
+class Averages:
+    """Figures of one optimizer step, averaged over its micro-batches and the processes with one exchange."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def add(self, figures):
+        """Remember scalar tensors by name; nothing is waited for."""
+        for key, value in figures.items():
+            self.seen.setdefault(key, []).append(value.detach().float())
+
+    def take(self, accelerator):
+        """Means by name, plain numbers; all processes must have the same names. Then they are forgotten."""
+        if not self.seen:
+            return {}
+        means = torch.stack([torch.stack(values).mean() for values in self.seen.values()])
+        names, self.seen = list(self.seen), {}
+        return dict(zip(names, accelerator.reduce(means, "mean").tolist()))
+
+
+class Speed:
+    """Seconds per step, images per second and peak memory since the last look, as `TIMINGS` names them."""
+
+    def __init__(self, device, images_per_step):
+        self.device, self.images_per_step = device, images_per_step
+        self.steps, self.started = 0, time.perf_counter()
+
+    def pause(self):
+        """What follows, until `go_on`, is no training: judging, writing."""
+        self.paused = time.perf_counter()
+
+    def go_on(self):
+        self.started += time.perf_counter() - self.paused
+
+    def take(self):
+        """The figures of the steps since the last call."""
+        seconds, self.steps = (time.perf_counter() - self.started) / max(self.steps, 1), 0
+        self.started = time.perf_counter()
+        return dict(zip(TIMINGS, (seconds, self.images_per_step / seconds, peak_gib(self.device))))
 
 
 class History:
@@ -29,11 +75,12 @@ class History:
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def log(self, accelerator, step, figures):
-        """Append figures, and hand them to the trackers."""
+        """Append figures, and hand them to the trackers, which do not take a warm-up's negative steps."""
         self.rows.append({"step": step, **figures})
         with self.path.open("a") as f:
             f.write(json.dumps(self.rows[-1]) + "\n")
-        accelerator.log(figures, step=step)
+        if step >= 0:
+            accelerator.log(figures, step=step)
 
     def plot(self, file):
         """Draw `curves.png`."""

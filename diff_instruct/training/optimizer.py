@@ -1,59 +1,117 @@
-"""Optimizers, learning rates, the generator's average, and what happens when a gradient is not finite."""
+"""What is trained of a network, and all that its training needs."""
+
+from contextlib import contextmanager
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 
-from diff_instruct.models.lora import trainable
+from diff_instruct.models.lora import trained_parameters
 
 
 MAX_NONFINITE_STEPS = 3
+BUCKET = 2**26  # elements that processes exchange at a time
 
 
-def make_optimizer(args, network, learning_rate, steps_per_iteration, total_iterations):
-    """AdamW and its learning-rate schedule for one network, which is stepped `steps_per_iteration` times a loop."""
+def make_optimizer(args, parameters, learning_rate):
+    """AdamW as the arguments say."""
+    parameters, options = list(parameters), {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
-        AdamW = torch.optim.AdamW
-    optimizer = AdamW(
-        trainable(network),
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * steps_per_iteration,
-        num_training_steps=total_iterations * steps_per_iteration,
-    )
-    return optimizer, lr_scheduler
+        AdamW, options["fused"] = torch.optim.AdamW, parameters[0].is_cuda
+    return AdamW(parameters, lr=learning_rate, weight_decay=args.adam_weight_decay, **options)
 
 
-class Stepper:
-    """Ends a phase of Algorithm 1: clips, steps one optimizer and its schedule, and leaves no gradient behind.
+def buckets(tensors):
+    """Lists of tensors of one dtype, in order, with `BUCKET` elements at most (or one tensor)."""
+    part, size = [], 0
+    for tensor in tensors:
+        if part and (size + tensor.numel() > BUCKET or tensor.dtype != part[0].dtype):
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    if part:
+        yield part
 
-    A gradient that is not finite is counted and not applied (all processes see the same one); after three in a row the
-    run stops.
+
+class Trained:
+    """The trained parameters of a network in a role, their optimizer, learning rate and, if kept, average.
+
+    Processes average their gradients here, at the end of a phase of Algorithm 1, instead of in a wrapper of the
+    network: a network may then play several roles, and the passes before the last need no special case. A gradient
+    that is not finite is counted and not applied (all processes see the same one).
+
+    Args:
+        name (`str`): "generator" or "teaching assistant".
+        denoiser ([`Denoiser`]): the network in its role.
+        learning_rate: at its peak.
+        steps (`int`): optimizer steps in all.
+        warmup_steps (`int`): among them, those in which the learning rate rises.
+        average (`bool`): keep an [`EMAModel`].
+
+    Attributes:
+        parameters (`dict`): by name, the list made once.
+        norm (`float`): of the last gradient, before clipping.
+        skipped (`int`): steps that were not taken.
     """
 
-    def __init__(self, accelerator, name, network, optimizer, lr_scheduler, max_grad_norm):
-        self.accelerator, self.name, self.network, self.max_grad_norm = accelerator, name, network, max_grad_norm
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.skipped, self.in_a_row = 0, 0
+    def __init__(self, accelerator, args, name, denoiser, learning_rate, steps, warmup_steps, average=False):
+        self.accelerator, self.name, self.max_grad_norm = accelerator, name, args.max_grad_norm
+        self.parameters = trained_parameters(denoiser.network, denoiser.adapter)
+        self.train(True)
+        optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
+        schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+        self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
+        self.ema = EMAModel(self.parameters.values()) if average else None
+        self.norm, self.skipped, self.in_a_row = 0.0, 0, 0
 
-    def __call__(self):
-        """Returns True if the step was taken.
+    @property
+    def learning_rate(self):
+        """That of the next step."""
+        return self.schedule.get_last_lr()[0]
+
+    def train(self, mode):
+        """Whether gradients reach the parameters."""
+        for p in self.parameters.values():
+            p.requires_grad_(mode)
+
+    @contextmanager
+    def frozen(self):
+        """Within: nothing is trained; a graph through the network holds only what its input's gradient needs."""
+        self.train(False)
+        try:
+            yield
+        finally:
+            self.train(True)
+
+    def average_gradients(self):
+        """Every process gets the mean of the gradients of all."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        for part in buckets(gradients):
+            flat = torch.cat([g.flatten() for g in part])
+            mean = self.accelerator.reduce(flat, "mean").split([g.numel() for g in part])
+            for gradient, values in zip(part, mean):
+                gradient.copy_(values.view_as(gradient))
+
+    def step(self):
+        """End a phase: average the gradients, clip, step, and leave no gradient behind.
+
+        Returns:
+            `bool`: whether the step was taken.
 
         Raises:
             FloatingPointError: after three gradients in a row that are not finite.
         """
-        norm = self.accelerator.clip_grad_norm_(trainable(self.network), self.max_grad_norm)
+        if self.accelerator.num_processes > 1:
+            self.average_gradients()
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        self.norm = norm.item()
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()
-        self.lr_scheduler.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.skipped += not finite
@@ -63,3 +121,60 @@ class Stepper:
                 "applied. Resume from the last checkpoint with a lower learning rate, and look at the reward."
             )
         return finite
+
+    def update_average(self, decay):
+        """Move the average, if there is one, towards the parameters: decay in [0, 1), the part that stays."""
+        if self.ema is not None:
+            self.ema.decay = self.ema.min_decay = decay
+            self.ema.step(self.parameters.values())
+
+    @contextmanager
+    def averaged(self):
+        """Within: the parameters are their averages, if there is one. They change places, nothing is copied."""
+
+        def swap():
+            for p, average in zip(self.parameters.values(), self.ema.shadow_params):
+                p.data, average.data = average.data, p.data
+
+        if self.ema is None:
+            yield
+            return
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    def state_dict(self):
+        """Tensors by name: the parameters, and their averages under `average.`."""
+        state = {k: p.detach() for k, p in self.parameters.items()}
+        if self.ema is not None:
+            state |= {f"average.{k}": average for k, average in zip(self.parameters, self.ema.shadow_params)}
+        return state
+
+    def load_state_dict(self, state):
+        """Continue with these tensors.
+
+        Raises:
+            ValueError: if they are not those of the same parameters.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
+            wrong = sorted(state.keys() ^ own.keys()) or [k for k in own if state[k].shape != own[k].shape]
+            raise ValueError(
+                f"{len(wrong)} tensors of the {self.name} are missing, too many or of another shape: {wrong[0]}"
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def counters(self):
+        """Plain numbers of its state, for the checkpoint."""
+        steps = self.ema.optimization_step if self.ema is not None else 0
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "average_steps": steps}
+
+    def load_counters(self, state):
+        """Continue with these."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        if self.ema is not None:
+            self.ema.optimization_step = state["average_steps"]

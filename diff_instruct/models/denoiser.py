@@ -1,0 +1,66 @@
+"""The networks of Algorithm 1 at work: generator g_θ, teaching assistant s_ψ, reference s_ref."""
+
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from diff_instruct.models.lora import acting, lora_layers
+from diff_instruct.objectives import denoising_loss, guide
+
+
+class Guided(NamedTuple):
+    """The reference's estimates x̂0, each (B, C, H, W): of c, of ∅, and guided, ∅ + α_cfg (c − ∅)."""
+
+    cond: torch.Tensor
+    uncond: torch.Tensor
+    guided: torch.Tensor
+
+
+class Denoiser:
+    """A network of the family in the role that its adapter gives it.
+
+    The three roles may be one module: then an adapter of its own makes the generator, another one the TA, and the base
+    alone is the reference. The network is evaluated by the pipeline that is shipped.
+
+    Args:
+        pipe ([`OneStepPipeline`]): knows how networks of the family are called; its schedule is that of all of them.
+        network: the module.
+        adapter: "generator", "ta", or None: the network without any adapters.
+        autocast: the context in which it runs, for mixed precision.
+    """
+
+    def __init__(self, pipe, network, adapter=None, autocast=nullcontext):
+        self.pipe, self.schedule, self.network, self.adapter = pipe, pipe.schedule, network, adapter
+        self.layers, self.autocast = lora_layers(network), autocast
+
+    @contextmanager
+    def act(self):
+        """The context in which the network has this role."""
+        with acting(self.layers, self.adapter), self.autocast():
+            yield
+
+    def __call__(self, x_t, t, c):
+        """The network's output, (B, C, H, W), float32."""
+        with self.act():
+            return self.pipe.denoise(self.network, x_t, t, c)
+
+    def generate(self, z, c, noise=(), step=None):
+        """g_θ(z, c), latents x0 (B, C, H, W): see `OneStepPipeline.generate`."""
+        with self.act():
+            return self.pipe.generate(self.network, z, c, noise, step)
+
+    def x0(self, x_t, t, c):
+        """x̂0 of s(x_t, t, c), (B, C, H, W)."""
+        return self.schedule.x0(self(x_t, t, c), x_t, t)
+
+    def guided(self, x_t, t, c, null, cfg_scale):
+        """The estimates for c and ∅, and the guided one; ∅ is not asked for at α_cfg = 1."""
+        cond = self.x0(x_t, t, c)
+        uncond = cond if cfg_scale == 1 else self.x0(x_t, t, null)
+        return Guided(cond, uncond, guide(cond, uncond, cfg_scale))
+
+    def loss(self, x_t, eps, t, c):
+        """λ(t) ‖s(x_t, t, c) − ∇ log p(x_t | x0)‖², the mean over elements."""
+        eps_hat = self.schedule.epsilon(self(x_t, t, c), x_t, t)
+        return denoising_loss(eps_hat, eps, self.schedule.loss_weight(t))

@@ -1,0 +1,63 @@
+"""What tests of runs share: to run the script in this process, to see its actors, to compare what it wrote."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import train_diff_instruct_pp as script
+from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.sources import models_of
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.history import TIMINGS
+
+
+def run(arguments):
+    script.main(parse_args([str(a) for a in arguments]))
+
+
+def weights(folder):
+    """The generator's, of an exported PixArt pipeline."""
+    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def trained(folder, step, name="generator"):
+    """What a checkpoint holds of a trained network, without its average."""
+    state = load_file(Path(folder) / f"checkpoint-{step}" / f"{name}.safetensors")
+    return {k: v for k, v in state.items() if not k.startswith("average.")}
+
+
+def checkpoints(folder):
+    return sorted(p.name for p in Path(folder).glob("*checkpoint-*"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def history(folder):
+    """The rows of a run, without what no two runs have in common."""
+    rows = [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def load(command):
+    """(args, models, stock pipeline, generator's pipeline) of a command, before training."""
+    args = parse_args([str(a) for a in command])
+    models = models_of(args)
+    stock = load_reference(models, torch.float32)
+    return args, models, stock, load_generator(models, stock, args.lora_rank, args.lora_alpha)
+
+
+def watch_actors(monkeypatch, *looks):
+    """Let each of the functions see the actors of the next run, as soon as they are loaded."""
+    load_actors = script.load_actors
+
+    def watched(*args):
+        actors = load_actors(*args)
+        for look in looks:
+            look(actors)
+        return actors
+
+    monkeypatch.setattr(script, "load_actors", watched)
