@@ -25,6 +25,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def device_of(module):
+    """Where a module computes: with accelerate's offloading its weights may be elsewhere, or nowhere yet."""
+    return getattr(getattr(module, "_hf_hook", None), "execution_device", None) or module.device
+
+
 class Schedule:
     """The forward process x_t = α_t x0 + σ_t ε of a scheduler, and the conversions of what networks predict.
 
@@ -153,7 +158,7 @@ class PixArtAlpha(Family):
     def encode_prompt(pipe, prompt):
         prompt, length = [p.lower().strip() for p in prompt], pipe.config.max_sequence_length
         tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(pipe.text_encoder.device)
+        tokens = tokens.to(device_of(pipe.text_encoder))
         embeds = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
 
@@ -184,7 +189,7 @@ class StableDiffusion(Family):
     @staticmethod
     def encode_prompt(pipe, prompt):
         tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]}
+        return {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids.to(device_of(pipe.text_encoder)))[0]}
 
     @staticmethod
     def denoise(pipe, network, x_t, t, c):
@@ -204,7 +209,7 @@ class StableDiffusionXL(Family):
             (pipe.tokenizer_2, pipe.text_encoder_2),
         ):
             tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-            output = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+            output = text_encoder(tokens.input_ids.to(device_of(text_encoder)), output_hidden_states=True)
             states.append(output.hidden_states[-2])
         return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": output.text_embeds}
 

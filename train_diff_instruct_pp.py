@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diff_instruct.evaluation.judge import Judge, diversity_features
+from diff_instruct.evaluation.judge import WHILE_TRAINING, Judge, diversity_features
 from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
@@ -100,7 +100,9 @@ def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alph
     else:
         grad_div, grad_cfg = ikl_gradient(e)
 
-    gradient, figures = grad_div + grad_cfg, {"norm_divergence": grad_div, "norm_cfg": grad_cfg}
+    gradient, figures = grad_div + grad_cfg, {"norm_divergence": grad_div}
+    if alpha_cfg != 1 and (not score_based or args.score_guidance == "outside"):
+        figures["norm_cfg"] = grad_cfg
     if diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
         again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg).guided  # noqa: E731
         d_k = denoise(from_ref.guided, x_t, t, again, schedule, args.diffused_reward_steps)
@@ -191,7 +193,7 @@ def main(args):
         accelerator.print(f"Resumed at step {first_step} from {checkpoint}.")
 
     # 5. The generator before, on fixed prompts and seeds that are never trained on.
-    history = History(args.output_dir, first_step if checkpoint else 0) if is_main else None
+    history = History(args.output_dir, first_step if checkpoint else None) if is_main else None
     if args.report_to != "none":
         accelerator.init_trackers(args.tracker_project_name, config=trackable(args))
     score_batch = args.reward_batch_size or args.train_batch_size
@@ -200,10 +202,10 @@ def main(args):
     before_file = Path(checkpoint.parent if checkpoint else args.output_dir) / "before.safetensors"
     if not checkpoint:
         scores, pictures = judge(reward, heldout)
-        heldout_scores = [float(v[:16].mean()) for k, v in scores.items() if k == "heldout"]
+        heldout_scores = [float(v[:WHILE_TRAINING].mean()) for k, v in scores.items() if k == "heldout"]
         if is_main:
             save_file({"pictures": pictures.cpu(), **scores}, before_file)
-            history.log(accelerator, 0, {f"val_{k}": float(v[:16].mean()) for k, v in scores.items()})
+            history.log(accelerator, 0, {f"val_{k}": float(v[:WHILE_TRAINING].mean()) for k, v in scores.items()})
 
     # 6. Algorithm 1. At negative steps the TA alone warms up.
     bar = tqdm(range(first_step, total), initial=first_step + warmup, total=total + warmup, disable=not is_main)
@@ -245,7 +247,7 @@ def main(args):
                 history.log(accelerator, done, row)
         speed.pause()
         if args.validation_steps and done % args.validation_steps == 0 and step >= 0:
-            scores, pictures = judge(reward, heldout, 16)
+            scores, pictures = judge(reward, heldout, WHILE_TRAINING)
             earlier = [] if pretraining else heldout_scores  # distillation is no measure for alignment
             heldout_scores = earlier + [float(v.mean()) for k, v in scores.items() if k == "heldout"]
             judged = {f"val_{k}": float(v.mean()) for k, v in scores.items()}

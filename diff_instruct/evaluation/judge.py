@@ -87,6 +87,9 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, re
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
+WHILE_TRAINING = 16  # prompts that validations judge; all of them are judged before and after
+
+
 class Judge:
     """Scores and pictures of the generator on fixed prompts and seeds that are never trained on.
 

@@ -65,13 +65,18 @@ class Speed:
 
 
 class History:
-    """The logged figures of a run, one JSON object a line; what a resumed run will repeat is dropped."""
+    """The logged figures of a run, one JSON object a line.
 
-    def __init__(self, output_dir, first_step):
+    Args:
+        first_step (`int`): of a resumed run; what it will repeat is dropped, the first row, of the generator before
+            training, is not. None: a new run.
+    """
+
+    def __init__(self, output_dir, first_step=None):
         self.path, self.rows = Path(output_dir) / "history.jsonl", []
-        if first_step and self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.rows = [row for row in rows if row["step"] <= first_step]
+        if first_step is not None and self.path.exists():
+            before, *rows = (json.loads(line) for line in self.path.read_text().splitlines())
+            self.rows = [before, *(row for row in rows if row["step"] <= first_step)]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def log(self, accelerator, step, figures):
