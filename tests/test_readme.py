@@ -21,7 +21,12 @@ from tests.tiny import PROMPTS
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "recipes/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "recipes/README.md",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
 OTHERS = ["pocket/README.md", "benchmarks/architectures/README.md"]  # their commands are parsed
 TRAIN, EVALUATE = "train_diff_instruct_pp.py", "evaluate_one_step.py"
 NOT_RUN = {  # how a command starts: why it is not run here
@@ -51,7 +56,9 @@ def shell_commands(text):
 
 def commands(script, pages=(*PAGES, *OTHERS)):
     """What follows a script's name in all of its commands."""
-    shell = [c for page in pages for language, text in blocks(page) if language == "bash" for c in shell_commands(text)]
+    shell = [
+        c for page in pages for language, text in blocks(page) if language == "bash" for c in shell_commands(text)
+    ]
     return [c.split(script, 1)[1] for c in shell if script in c]
 
 
@@ -81,33 +88,28 @@ def only_local(entries, name):
 def shortened(command, model, prompts):
     """The words of a training command for the tiny model: one step, few pictures, nothing from the Hub."""
     given = parsed(command)
-    drop = {"pretrained_model_name_or_path": 1, "dataset_name": 1, "caption_column": 1, "variant": 1, "reward": None,
-            "heldout_reward": None, "reward_checkpoint": None, "push_to_hub": 0}  # fmt: skip
-    generator = given.pretrained_generator_name_or_path
-    if generator and not (Path(generator).is_dir() and "pocket" not in generator):  # else: made by a command before
-        drop["pretrained_generator_name_or_path"] = 1
+    own, generator = given.pretrained_model_name_or_path, given.pretrained_generator_name_or_path
+    model = own if given.dry_run and own and Path(own).is_dir() else model  # a plan needs no weights
+    dropped = {"--dataset_name", "--caption_column", "--variant", "--reward_checkpoint", "--push_to_hub"}
+    dropped |= {"--pretrained_model_name_or_path", "--reward", "--heldout_reward"}
+    if generator and not (Path(generator) / "model_index.json").is_file():  # else a command before made it
+        dropped.add("--pretrained_generator_name_or_path")
     kept, words = [], shlex.split(command)
     while words:
-        word = words.pop(0)
-        values = drop.get(word.removeprefix("--")) if word.startswith("--") else -1
-        if values == -1 or word.removeprefix("--") not in drop:
-            kept.append(word)
-        elif values is None:
-            while words and not words[0].startswith("--"):
-                words.pop(0)
-        else:
-            del words[:values]
+        option = [words.pop(0)]
+        while words and not words[0].startswith("--"):
+            option.append(words.pop(0))
+        kept += [] if option[0] in dropped else option
     if given.train_prompts is None:
         kept += ["--train_prompts", str(prompts), "--eval_prompts", str(prompts)]
-    steps = {"pretrain_steps": 1, "max_train_steps": 1, "ta_warmup_steps": 1, "validation_steps": 1}
-    for name, most in steps.items():
-        kept += [f"--{name}", str(min(getattr(given, name), most))]
-    return [
-        *kept, "--pretrained_model_name_or_path", model, "--train_batch_size", "2", "--gradient_accumulation_steps", "1",
-        "--num_eval_prompts", "2", "--num_eval_images", "2", "--checkpointing_steps", "1", "--report_to", "none",
-        "--reward", *only_local(given.reward, "pocket"),
-        *(["--heldout_reward", "pocket_heldout"] if given.heldout_reward or given.heldout_patience else []),
-    ]  # fmt: skip
+    if given.heldout_reward or given.heldout_patience:
+        kept += ["--heldout_reward", "pocket_heldout"]
+    for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "validation_steps"):
+        kept += [f"--{name}", str(min(getattr(given, name), 1))]
+    few = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "num_eval_prompts": 2, "num_eval_images": 2}
+    for name, value in {**few, "checkpointing_steps": 1, "report_to": "none"}.items():
+        kept += [f"--{name}", str(value)]
+    return [*kept, "--pretrained_model_name_or_path", model, "--reward", *only_local(given.reward, "pocket")]
 
 
 def run_training(command, model, prompts):
@@ -167,7 +169,9 @@ def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, m
 
 
 def test_every_reason_is_needed():
-    shell = [c for page in PAGES for language, text in blocks(page) if language == "bash" for c in shell_commands(text)]
+    shell = [
+        c for page in PAGES for language, text in blocks(page) if language == "bash" for c in shell_commands(text)
+    ]
     assert [start for start in NOT_RUN if not any(c.startswith(start) for c in shell)] == []
 
 
@@ -203,12 +207,11 @@ def test_named_flags_exist(page):
     parsers = build_parser(), evaluate_one_step.build_parser()
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     known |= {"--config_file", "--quiet", "--logdir"}  # accelerate's and TensorBoard's
+    for folder in ("experiments", "benchmarks", "tests/parity"):
+        known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
-    for code in re.findall(r"`([^`]+)`", text):
-        script = re.search(r"(?:experiments|benchmarks|tests/parity)/\w+\.py", code)
-        own = (ROOT / script.group()).read_text() if script else ""
-        for flag in re.findall(r"--[\w-]+", code):
-            assert flag in known or f'"{flag}"' in own, f"{page} names {flag}"
+    for flag in {flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"--[\w-]+", code)}:
+        assert flag in known, f"{page} names {flag}"
 
 
 def test_presets_are_as_the_page_says():
