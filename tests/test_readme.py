@@ -15,7 +15,7 @@ import pipeline_one_step
 import train_diff_instruct_pp
 from diff_instruct.evaluation.candidates import Contender
 from diff_instruct.models import families
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import build_parser, parse_args
 from tests.tiny import PROMPTS
 
@@ -266,7 +266,7 @@ def test_the_bare_command_uses_the_pocket_reference(tmp_path):
     args = parse_args(["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", str(tmp_path)])
     assert (args.reward, args.heldout_reward) == (["pocket"], ["pocket_heldout"])
     assert args.num_eval_prompts * args.num_eval_images >= 256
-    assert read_models(args).timestep == 400
+    assert models_of(args).timestep == 400
 
 
 def test_ones_own_prompts_replace_the_pocket_s(tmp_path):
