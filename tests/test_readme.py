@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -155,6 +156,9 @@ def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, m
         (tmp_path / name).symlink_to(ROOT / name)
     prompts = tmp_path / "tiny_prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "pocket-build" / "runs").mkdir(parents=True)  # experiments/pocket_runs.py writes these
+    for name in ("train", "eval"):
+        shutil.copy(prompts, tmp_path / "pocket-build" / "runs" / f"{name}_prompts.txt")
     for module in (families, pipeline_one_step):  # docs/design.md adds to them
         monkeypatch.setattr(module, "FAMILIES", dict(module.FAMILIES))
     names = {"__name__": "page"}
