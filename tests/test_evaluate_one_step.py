@@ -25,6 +25,7 @@ from diff_instruct.evaluation.prompt_sets import PromptSet, load_prompt_set, spr
 from diff_instruct.evaluation.report import compare_pairs, markdown, report, summarise
 from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
+from diff_instruct.models.families import FAMILIES
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards import loading as rewards
 from diff_instruct.rewards.loading import load_scorers
@@ -126,10 +127,10 @@ def loaded(folder):
     return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_the_reference_starts_from_the_same_noise_as_the_generators(options, tiny_model, export, tmp_path):
+def test_the_reference_starts_from_the_same_noise_as_the_generators(options, tiny_model, tmp_path):
     """Its pictures are those that the training script draws from `fixed_noise`, the default seed's."""
     run([*options, "--save_images"])
-    stock, decode = PixArtAlphaPipeline.from_pretrained(tiny_model), loaded(export).decode
+    stock, family = PixArtAlphaPipeline.from_pretrained(tiny_model), FAMILIES["PixArtAlphaPipeline"]
     stock_call, steps = stock.__call__, []
 
     def three_steps(self, *args, num_inference_steps, **kwargs):
@@ -140,7 +141,7 @@ def test_the_reference_starts_from_the_same_noise_as_the_generators(options, tin
         patch.setattr(PixArtAlphaPipeline, "__call__", three_steps)
         for i, prompt in enumerate(PROMPTS):
             noise = fixed_noise((4, 8, 8), i, 2)
-            expected = draw_reference(stock, decode, [prompt] * 2, noise, 2.0)
+            expected = draw_reference(family, stock, [prompt] * 2, noise, (16, 16), 2.0)
             for k in range(2):
                 with Image.open(tmp_path / "out" / "images" / "reference" / f"{i:05d}-{k}.png") as image:
                     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -159,8 +160,11 @@ def test_one_network_however_it_is_given(options, export, tiny_model, tmp_path):
     """An export; its network in the base pipeline; that network's file: no difference."""
     network = export / "transformer"
     file = network / "diffusion_pytorch_model.safetensors"
-    names = [f"folder={network},base={tiny_model},timestep=400", f"file={file},base={tiny_model},timestep=400"]
-    names += [f"partial={export},base={tiny_model}", f"other={network},base={tiny_model},timestep=300"]
+    names = [
+        f"folder={network},base={tiny_model},timestep=400,noise=unit",
+        f"file={file},base={tiny_model},timestep=400,noise=unit",
+    ]
+    names += [f"partial={export},base={tiny_model}", f"other={network},base={tiny_model},timestep=300,noise=unit"]
     comparison = run([*options, "--models", f"export={export}", *names])["comparison"]["models"]
     for name in ("folder", "file", "partial"):
         for entry in comparison[name].values():
@@ -171,7 +175,12 @@ def test_one_network_however_it_is_given(options, export, tiny_model, tmp_path):
 def test_a_whole_pipeline_that_is_a_one_step_model(options, tiny_model):
     """As the released SDXL checkpoints: a stock pipeline, whose own network runs once at t*."""
     result = run(
-        [*options, "--models", f"own={tiny_model},timestep=400", f"put={tiny_model},base={tiny_model},timestep=400"]
+        [
+            *options,
+            "--models",
+            f"own={tiny_model},timestep=400",
+            f"put={tiny_model},base={tiny_model},timestep=400,noise=unit",
+        ]
     )
     assert result["models"]["own"]["figures"] == result["models"]["put"]["figures"]
 
@@ -183,8 +192,13 @@ def test_released_checkpoints_of_sdxl(options, tmp_path):
     torch.save(unet.state_dict(), tmp_path / "unet.bin")
     unet.to(torch.float16).save_pretrained(Path(whole) / "unet", variant="fp16")
     (Path(whole) / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    models = [f"dmd2={tmp_path / 'unet.bin'},base={base},timestep=399", f"dipp={whole},timestep=399,variant=fp16"]
-    models += [f"dipp-in-base={whole}/unet/diffusion_pytorch_model.fp16.safetensors,base={base},timestep=399"]
+    models = [
+        f"dmd2={tmp_path / 'unet.bin'},base={base},timestep=399,noise=unit",
+        f"dipp={whole},timestep=399,variant=fp16",
+    ]
+    models += [
+        f"dipp-in-base={whole}/unet/diffusion_pytorch_model.fp16.safetensors,base={base},timestep=399,noise=unit"
+    ]
     models += [f"sdxl={base},steps=2,guidance=5"]
     result = run([*options, "--models", *models, "--mixed_precision", "bf16", "--num_prompts", 3])
     others = result["comparison"]["models"]
@@ -428,8 +442,8 @@ def test_even_distances():
 
 def test_contenders():
     assert Contender.parse("a-1=x/y,steps=25,guidance=4.5") == Contender("a-1", "x/y", steps=25, guidance=4.5)
-    assert Contender.parse("b=x/y/z.bin,base=p/q,timestep=399,variant=fp16") == Contender(
-        "b", "x/y/z.bin", base="p/q", timestep=399, variant="fp16"
+    assert Contender.parse("b=x/y/z.bin,base=p/q,timestep=399,noise=unit,variant=fp16") == Contender(
+        "b", "x/y/z.bin", base="p/q", timestep=399, noise="unit", variant="fp16"
     )
 
 
@@ -441,7 +455,7 @@ def test_contenders():
         (["--models", "a=x,step=3"], "unknown option `step`"),
         (["--models", "a=x,steps=many,guidance=1"], "steps must be a number"),
         (["--models", "a=x,steps=25"], "steps and guidance belong together"),
-        (["--models", "a=x,steps=25,guidance=1,timestep=3"], "goes without base and timestep"),
+        (["--models", "a=x,steps=25,guidance=1,timestep=3"], "goes without base, timestep and noise"),
         (["--models", "a=x,steps=1,guidance=1"], "steps must be at least 2"),
         (["--models", "a=x", "a=y"], "the name `a` is given twice"),
         (["--models", "a=/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
@@ -449,7 +463,10 @@ def test_contenders():
         (["--models", "a=TINY/transformer"], "is a network only: say its pipeline"),
         (["--models", "a=TINY/transformer,base=TINY"], "names no t"),
         (["--models", "a=EXPORT,timestep=400"], "knows its own t"),
-        (["--models", "a=EXPORT/transformer,base=EXPORT,timestep=400"], "is a OneStepPipeline; supported are"),
+        (
+            ["--models", "a=EXPORT/transformer,base=EXPORT,timestep=400,noise=unit"],
+            "is a OneStepPipeline; supported are",
+        ),
         (["--models", "a=EMPTY"], "has no model_index.json"),
         (["--baseline", "other"], "no model of this name; there are mine, reference"),
         (["--resolution", "18"], "must be a multiple of 4"),

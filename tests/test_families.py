@@ -236,13 +236,16 @@ def start_points(tmp_path, models):
 def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start_points):
     state, paths = start_points
     for path in paths:
-        command = family_args("sd", "--pretrained_generator_name_or_path", path, "--timestep", 399)
+        start = ["--pretrained_generator_name_or_path", path, "--input_noise", "unit"]
+        command = family_args("sd", *start, "--timestep", 399)
         *_, pipe = load(command)
         assert pipe.config.timestep == 399
         got = pipe.unet.state_dict()
         assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
         with pytest.raises(ValueError, match=r"names no t\*"):
             models_of(parse_args([str(a) for a in command[:-2]]))
+        with pytest.raises(ValueError, match="does not say what enters at t"):
+            models_of(parse_args(family_args("sd", *start[:2], "--timestep", 399)))
 
 
 def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
@@ -253,7 +256,15 @@ def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
         configs, "hf_hub_download", lambda repo, name, **_: (asked.append((repo, name)), str(paths[2]))[1]
     )
     *_, pipe = load(
-        family_args("sd", "--pretrained_generator_name_or_path", "a/b/c/unet.safetensors", "--timestep", 1)
+        family_args(
+            "sd",
+            "--pretrained_generator_name_or_path",
+            "a/b/c/unet.safetensors",
+            "--timestep",
+            1,
+            "--input_noise",
+            "unit",
+        )
     )
     assert set(asked) == {("a/b", "c/unet.safetensors")}
 

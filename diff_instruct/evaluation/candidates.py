@@ -23,8 +23,8 @@ from diff_instruct.models.sources import (
 from pipeline_one_step import family_of
 
 
-OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "variant": str}
-EXAMPLE = "NAME=PATH, NAME=PATH,steps=25,guidance=4.5 or NAME=PATH,base=PIPELINE,timestep=399"
+OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "noise": str, "variant": str}
+EXAMPLE = "NAME=PATH, NAME=PATH,steps=25,guidance=4.5 or NAME=PATH,base=PIPELINE,timestep=399,noise=unit"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Contender:
         steps, guidance: sample it as a diffusion model, with α_cfg = guidance (1 is none).
         base: the pipeline that the network is put into; default: its own.
         timestep: t*, where a one-step model that does not say it itself is evaluated.
+        noise: what enters there, "unit" (z) or "scaled" (σ_t z).
         variant: of the pipeline's files, for example fp16.
     """
 
@@ -46,6 +47,7 @@ class Contender:
     guidance: float | None = None
     base: str | None = None
     timestep: int | None = None
+    noise: str | None = None
     variant: str | None = None
 
     @classmethod
@@ -71,8 +73,10 @@ class Contender:
         contender = cls(name, path, **values)
         if (contender.steps is None) != (contender.guidance is None):
             raise Mistake(f"--models {entry}: steps and guidance belong together, as in steps=25,guidance=4.5")
-        if contender.steps is not None and (contender.base or contender.timestep is not None):
-            raise Mistake(f"--models {entry}: steps goes without base and timestep")
+        if contender.steps is not None and (contender.base or contender.timestep is not None or contender.noise):
+            raise Mistake(f"--models {entry}: steps goes without base, timestep and noise")
+        if contender.noise not in (None, "unit", "scaled"):
+            raise Mistake(f"--models {entry}: noise must be unit or scaled, but is {contender.noise}")
         if contender.steps is not None and contender.steps < 2:
             raise Mistake(f"--models {entry}: steps must be at least 2; a one-step model has timestep=...")
         return contender
@@ -86,7 +90,8 @@ class Contender:
         reference = ModelSource(self.base or self.path, variant=self.variant, cache_dir=cache_dir)
         generator = ModelSource(self.path, cache_dir=cache_dir) if self.base else None
         timestep = None if self.timestep is None else [self.timestep]
-        return read_models(reference, generator, timestep=timestep, resolution=resolution)
+        asked = {"timestep": timestep, "resolution": resolution, "input_noise": self.noise}
+        return read_models(reference, generator, **asked)
 
 
 def check(contender, resolution, cache_dir, trust_remote_code):
@@ -99,7 +104,7 @@ def check(contender, resolution, cache_dir, trust_remote_code):
     entry = f"--models {contender.name}={contender.path}"
     if contender.base is None:
         if contender.path.endswith(WEIGHT_FILES) or (Path(contender.path) / "config.json").is_file():
-            raise Mistake(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399")
+            raise Mistake(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399,noise=unit")
         index = read_index(contender.path, cache_dir=cache_dir)
         if is_one_step(index):
             if replace(contender, variant=None) != Contender(contender.name, contender.path):

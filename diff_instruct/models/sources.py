@@ -188,9 +188,8 @@ def read_models(
 
     trained_at, own_noise = [family.timestep], None
     if generator is not None:
-        trained_at, own_noise = check_generator(
-            generator, family.denoiser, networks[family.denoiser], timestep, generator_steps
-        )
+        asked = timestep, generator_steps, input_noise
+        trained_at, own_noise = check_generator(generator, family.denoiser, networks[family.denoiser], *asked)
     if None not in (own_noise, input_noise) and own_noise != input_noise:
         raise Mistake(f"{generator.path} was trained with --input_noise {own_noise}: give the same, or none")
     timesteps = fixed_timesteps(timestep or trained_at, generator_steps)
@@ -281,11 +280,11 @@ def generator_shapes(source, denoiser, network):
         return {k: tuple(v.shape) for k, v in type(network).from_config(config).state_dict().items()}, index
 
 
-def check_generator(source, denoiser, network, timestep, generator_steps):
-    """(timesteps, input noise or None) of the given generator, whose shapes must be those of the reference's network.
+def check_generator(source, denoiser, network, timestep, generator_steps, input_noise):
+    """(timesteps, input noise) of the given generator, whose shapes must be those of the reference's network.
 
     Raises:
-        Mistake: if it does not fit, or nobody says its t*, or the arguments say another.
+        Mistake: if it does not fit, or nobody says its t* and what enters there, or the arguments say another.
     """
     path, expected = source.path, {k: tuple(v.shape) for k, v in network.state_dict().items()}
     shapes, index = generator_shapes(source, denoiser, network)
@@ -298,8 +297,13 @@ def check_generator(source, denoiser, network, timestep, generator_steps):
     trained_at = index.get("timestep")
     if trained_at is None and timestep is None:
         raise Mistake(f"{path} names no t*: give the timestep that it is evaluated at with --timestep")
+    if trained_at is None and input_noise is None:
+        raise Mistake(
+            f"{path} does not say what enters at t*: give --input_noise unit (z; DMD2, DI*) or scaled (σ_t z; SIM, "
+            "SiD-LSG)"
+        )
     if trained_at is None:
-        return timestep, None
+        return timestep, input_noise
     trained_at = trained_at if isinstance(trained_at, list) else [trained_at]
     asked = fixed_timesteps(timestep or trained_at, generator_steps)
     if trained_at not in (asked, asked[:1]) or generator_steps not in (None, len(asked)):
