@@ -25,6 +25,7 @@ from diff_instruct.evaluation.prompt_sets import PromptSet, load_prompt_set, spr
 from diff_instruct.evaluation.report import compare_pairs, markdown, report, summarise
 from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards import loading as rewards
@@ -114,7 +115,9 @@ def test_figures_are_those_of_the_training_script_s_evaluation(options, export, 
     scorers = load_scorers(["pocket", "pocket_heldout"], None, None, "cpu")
     mix = Mix({"pocket": scorers.pop("pocket")}, {"pocket": 1.0})
     encode = Conditioning(pipe.encode_prompt, "cpu")
-    scores = evaluate(Accelerator(), pipe, encode, PROMPTS, 2, pipe.latent_shape(), mix, scorers)
+    scores = evaluate(
+        Accelerator(), Denoiser(pipe, pipe.denoiser), encode, PROMPTS, 2, pipe.latent_shape(), mix, scorers, 1
+    )
     for ours, theirs in (("pocket", "reward"), ("pocket_heldout", "heldout"), ("diversity", "diversity")):
         mean, interval = mean_with_interval(scores[theirs])
         assert result[ours]["mean"] == pytest.approx(mean, abs=1e-4)
