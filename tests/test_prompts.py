@@ -32,7 +32,7 @@ def write(folder, kind):
         path.write_text(json.dumps(rows))
     else:
         Dataset.from_list(rows).to_parquet(path)
-    return PromptSource(str(path), caption_column="Prompt")
+    return PromptSource(str(path), caption_column="Prompt", if_several=True)
 
 
 def texts(source, skipped=None):
@@ -42,7 +42,7 @@ def texts(source, skipped=None):
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
 def test_formats(tmp_path, kind):
     assert texts(write(tmp_path, kind)) == PROMPTS
-    assert texts(PromptSource(str(tmp_path), caption_column="Prompt")) == PROMPTS  # the folder
+    assert texts(PromptSource(str(tmp_path), caption_column="Prompt", if_several=True)) == PROMPTS  # the folder
 
 
 def test_json_lines_in_a_json_file_and_lists_of_strings(tmp_path):
@@ -86,7 +86,7 @@ BAD = [
 @pytest.mark.parametrize("name, content, problems", BAD)
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, caplog, name, content, problems):
     (tmp_path / name).write_bytes(content)
-    source, skipped = PromptSource(str(tmp_path / name), caption_column="p"), Skipped()
+    source, skipped = PromptSource(str(tmp_path / name), caption_column="p", if_several=True), Skipped()
     assert texts(source, skipped) == ["good", "also good"]
     assert skipped.counts == problems
     assert len(skipped.first) == min(5, sum(problems.values())) and skipped.first[0].startswith(f"{name}:")
@@ -140,13 +140,16 @@ def test_mistakes_are_named(tmp_path, name, content, column, message):
 
 
 def test_a_dataset_that_cannot_be_opened_is_a_mistake():
-    with pytest.raises(Mistake, match="--dataset_name user/none cannot be opened"):
+    with pytest.raises(Mistake, match="the prompts user/none cannot be downloaded .*; give a file instead"):
         open_prompts(PromptSource(dataset_name="user/none"))
 
 
 def test_one_column_needs_no_name(tmp_path):
     (tmp_path / "a.csv").write_text("anything\na cat\n")
-    assert texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt")) == ["a cat"]
+    assert texts(PromptSource(str(tmp_path / "a.csv"))) == ["a cat"]
+    assert texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt", if_several=True)) == ["a cat"]
+    with pytest.raises(Mistake, match="no column `Prompt`"):
+        texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt"))
 
 
 def test_sources_are_read_from_the_arguments(tmp_path):
@@ -158,7 +161,7 @@ def test_sources_are_read_from_the_arguments(tmp_path):
     command += ["--caption_column", "p", "--eval_prompts", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path)]
     train, judge = prompt_sources(parse_args(command))
     assert train == PromptSource(None, "user/set", "c", "s", caption_column="p") and not train.finite
-    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="p")
+    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="p", if_several=True)
 
 
 def epoch(dataset, seed, n):

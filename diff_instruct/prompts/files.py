@@ -27,8 +27,8 @@ class PromptSource:
     Args:
         path (`str`): a file or a folder of files of one format, see `READERS`.
         dataset_name (`str`): a Hub id, with its configuration `dataset_config_name` and `split`.
-        caption_column (`str`, *optional*): the column with the prompts; may be left out if there is only one, and does
-            not matter then.
+        caption_column (`str`, *optional*): the column with the prompts; may be left out if there is only one.
+        if_several (`bool`): `caption_column` is meant only if there are several columns.
         category_column (`str`, *optional*): the column with the prompts' categories.
         max_samples (`int`, *optional*): only the first so many rows.
         cache_dir (`str`, *optional*): where downloads are kept.
@@ -39,6 +39,7 @@ class PromptSource:
     dataset_config_name: str | None = None
     split: str = "train"
     caption_column: str | None = None
+    if_several: bool = False
     category_column: str | None = None
     max_samples: int | None = None
     cache_dir: str | None = None
@@ -60,7 +61,7 @@ def prompt_sources(args):
     else:
         named = args.dataset_name, args.dataset_config_name, args.dataset_split
         train = PromptSource(None, *named, max_samples=args.max_train_samples, **options)
-    return train, args.eval_prompts and PromptSource(args.eval_prompts, **options)
+    return train, args.eval_prompts and PromptSource(args.eval_prompts, if_several=True, **options)
 
 
 def find_files(path):
@@ -93,7 +94,7 @@ def choose_columns(source, columns):
         Mistake: if there is no such column, or there are several and none is named.
     """
     text, category = source.caption_column, source.category_column
-    if len(columns) == 1:
+    if len(columns) == 1 and (text is None or source.if_several):
         text = columns[0]
     if text not in columns:
         raise Mistake(f"{source} has no column `{text}`; set --caption_column to one of: {', '.join(columns)}")
@@ -145,7 +146,9 @@ def open_hub(source):
         columns = dataset.column_names or list(next(iter(dataset), ()))
     except Exception as error:  # of a network, of the Hub, of a loader: they have no class in common
         line = (str(error).splitlines() or [""])[0]
-        raise Mistake(f"--dataset_name {source} cannot be opened: {type(error).__name__}: {line}") from error
+        raise Mistake(
+            f"the prompts {source} cannot be downloaded ({line or type(error).__name__}); give a file instead"
+        ) from error
     if not columns:
         raise Mistake(f"{source} is empty: it must hold at least one prompt")
     names = choose_columns(source, columns)
