@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -112,22 +111,27 @@ def test_an_embedding_does_not_depend_on_the_others(tiny_model, batch_size, cls)
 
 
 def test_text_encoders_come_to_the_device_only_for_new_prompts():
-    network, places = torch.nn.Linear(1, 1), []
+    class Network:
+        place, moves = "cpu", []
 
-    @contextmanager
-    def encoding():
-        with on_device([network], "meta"):
-            yield
+        def to(self, device):
+            self.place = device
+            self.moves.append(device)
+
+    network, encoder = Network(), Encoder()
 
     def encode_prompt(prompts):
-        places.append(network.weight.device.type)
-        return {"encoder_hidden_states": torch.ones(len(prompts), 1, 1)}
+        assert network.place == "cuda"
+        return encoder(prompts)
 
-    network.to = lambda device: places.append(str(device)) or setattr(network, "place", device)
-    encode = Conditioning(encode_prompt, "cpu", encoding=encoding)
-    encode(["a", "b"])
-    encode(["a"])
-    assert places == ["meta", "cpu", "cpu", "cpu"]  # there, two prompts, and back
+    encode = Conditioning(encode_prompt, "cpu", encoding=lambda: on_device([network], "cuda"))
+    for prompts in (["a", "b"], ["a"], ["b", "a"]):
+        encode(prompts)
+    assert network.moves == ["cuda", "cpu"]
+    network.to("cuda")
+    with pytest.raises(AssertionError), on_device([network], "meta"):
+        encode_prompt(["c"])
+    assert network.place == "cpu"  # after an error, too
 
 
 def test_a_second_run_never_encodes(tmp_path):

@@ -144,6 +144,28 @@ def test_a_dataset_that_cannot_be_opened_is_a_mistake():
         open_prompts(PromptSource(dataset_name="user/none"))
 
 
+def test_a_dataset_that_is_named(tmp_path):
+    """As `datasets` opens one from the Hub; here a folder with two shards, and columns that are not read."""
+    for i in range(2):
+        rows = [{"p": f"prompt {i} {j}" if j else None, "n": j, "tokens": [j]} for j in range(50)]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"train-{i}.parquet")
+    named = {"dataset_name": str(tmp_path), "max_samples": 60}
+    source = PromptSource(**named, caption_column="p", category_column="n")
+    skipped = Skipped()
+    rows = list(usable(open_prompts(source), source, skipped))
+    assert len(rows) == 58 and rows[0] == ("prompt 0 1", 1) and skipped.counts == {"null": 2}
+    train, heldout = load_prompts(PromptSource(**named, caption_column="p"), None, 4)
+    assert heldout == ["prompt 0 1", "prompt 0 21", "prompt 0 41"]
+    assert sorted(epoch(train, 0, 55)) == sorted(text for text, _ in rows if text not in heldout)
+    for column, message in [
+        ("n", "60 not text but int"),
+        ("tokens", "60 not text but list"),
+        (None, "one of: p, n, t"),
+    ]:
+        with pytest.raises(Mistake, match=message):
+            load_prompts(PromptSource(**named, caption_column=column), None, 4)
+
+
 def test_one_column_needs_no_name(tmp_path):
     (tmp_path / "a.csv").write_text("anything\na cat\n")
     assert texts(PromptSource(str(tmp_path / "a.csv"))) == ["a cat"]

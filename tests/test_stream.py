@@ -140,6 +140,15 @@ def test_a_stream_that_stays_broken(waits):
     assert [next(again) for _ in range(3)] == together[6:9]
 
 
+def test_a_step_reads_its_prompts_before_it_begins(waits):
+    sampler = Sampler(PromptStream(breaking(99, at=15), 0, 4), (1, 2, 2), 3, 5)
+    sampler.read_ahead(2)
+    with pytest.raises(StreamBroken):
+        sampler.read_ahead(99)
+    sampler(), sampler()
+    assert sampler.state_dict() == {"drawn": 6, "prompts": {"epoch": 0, "position": 6}}
+
+
 def test_a_source_that_became_useless_is_a_mistake(tmp_path, waits):
     dataset = numbered(tmp_path, 5)
     (tmp_path / "00.txt").write_text("\n\n")
