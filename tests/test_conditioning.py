@@ -205,6 +205,21 @@ def test_killed_writers_leave_whole_files(tmp_path):
     assert torch.equal(c["text_embeds"], torch.tensor(found)[:, None].expand(-1, 100))
 
 
+def test_a_kill_inside_a_write_leaves_nothing(tmp_path, monkeypatch):
+    encode = Conditioning(Encoder(), "cpu", store=PromptCache(tmp_path, "key", max_rows=1))
+    encode(["a"])
+
+    def killed(tensors, file, metadata):
+        file.write_bytes(b"part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(["b"])
+    store = PromptCache(tmp_path, "key")
+    assert "a" in store and "b" not in store and len(store) == 1
+
+
 def test_leftovers_of_a_kill_are_removed_after_an_hour(tmp_path):
     folder = PromptCache(tmp_path, "key").folder
     (folder / "old.partial").write_text("")
