@@ -37,7 +37,7 @@ from diff_instruct.objectives import (
     weight,
 )
 from diff_instruct.prompts.conditioning import Conditioning
-from diff_instruct.prompts.files import load_prompts
+from diff_instruct.prompts.files import load_prompts, prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import load_heldout, load_mix, truncated_prompts
@@ -140,7 +140,7 @@ def main(args):
     models = models_of(args)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    train_prompts, eval_prompts = load_prompts(args)
+    train_prompts, eval_prompts = load_prompts(*prompt_sources(args), args.num_eval_prompts)
     validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
     if args.dry_run:
         return

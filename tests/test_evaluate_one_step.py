@@ -412,8 +412,9 @@ def test_the_prompt_sets_of_the_benchmarks(tmp_path, monkeypatch):
         "anime 0", "concept-art 0", "paintings 0", "photo 0",
     ]  # fmt: skip
 
-    def coco(source, split, column):
-        assert (source, split, column) == ("phiyodr/coco2017", "validation", "captions")
+    def coco(source):
+        known = source.dataset_name, source.split, source.caption_column
+        assert known == ("phiyodr/coco2017", "validation", "captions")
         return [{"text": [f"caption {i}\n", "another"]} for i in range(5000)]
 
     monkeypatch.setattr(benchmark, "open_prompts", coco)

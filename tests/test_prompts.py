@@ -1,25 +1,29 @@
-"""Prompts of every format, held-out splits, exact continuation, shares of processes."""
+"""Prompts of every format, rows that cannot be used, held-out prompts."""
 
 import json
+import logging
 from itertools import islice
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset
 
-from diff_instruct.prompts.files import load_prompts, open_prompts
-from diff_instruct.prompts.stream import PromptStream, Sampler
+from diff_instruct.mistake import Mistake
+from diff_instruct.prompts.files import PromptSource, load_prompts, open_prompts, prompt_sources, usable
+from diff_instruct.prompts.rows import Skipped
+from diff_instruct.prompts.stream import PromptStream
+from diff_instruct.training.arguments import parse_args
 from tests.tiny import PROMPTS
 
 
 def write(folder, kind):
-    """The tiny prompts in one format; returns (path, column)."""
+    """The tiny prompts in one format; returns their source."""
     path = folder / f"prompts.{kind}"
     rows = [{"id": i, "Prompt": p} for i, p in enumerate(PROMPTS)]
     if kind == "txt":
         path.write_text("\n".join(PROMPTS) + "\n")
-        return path, None
-    if kind in ("csv", "tsv"):
+    elif kind in ("csv", "tsv"):
         sep = {"csv": ",", "tsv": "\t"}[kind]
         path.write_text("\n".join([f"id{sep}Prompt", *(f"{r['id']}{sep}{r['Prompt']}" for r in rows)]) + "\n")
     elif kind == "jsonl":
@@ -28,26 +32,83 @@ def write(folder, kind):
         path.write_text(json.dumps(rows))
     else:
         Dataset.from_list(rows).to_parquet(path)
-    return path, "Prompt"
+    return PromptSource(str(path), caption_column="Prompt", if_several=True)
 
 
-def texts(dataset):
-    return [row["text"] for row in dataset]
+def texts(source, skipped=None):
+    return [text for text, _ in usable(open_prompts(source), source, skipped)]
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
 def test_formats(tmp_path, kind):
-    path, column = write(tmp_path, kind)
-    assert texts(open_prompts(str(path), column=column, local=True)) == PROMPTS
-    assert texts(open_prompts(str(tmp_path), column=column, local=True)) == PROMPTS  # the folder
+    assert texts(write(tmp_path, kind)) == PROMPTS
+    assert texts(PromptSource(str(tmp_path), caption_column="Prompt", if_several=True)) == PROMPTS  # the folder
+
+
+def test_json_lines_in_a_json_file_and_lists_of_strings(tmp_path):
+    path = tmp_path / "a.json"
+    for content in ('{"Prompt": "a"}\n{"Prompt": "b"}', '\ufeff\n ["a",\n "b"]', '"a"\n"b"\n'):
+        path.write_text(content)
+        assert texts(PromptSource(str(path))) == ["a", "b"]
 
 
 def test_quotation_marks_and_null_are_text(tmp_path):
     """As in PartiPrompts.tsv, where a prompt begins with a quotation mark; and "null" may be a prompt."""
-    rows = ['"A B C" painted on a wall', 'it\'s a "sign"', "null", "NA", "a, b"]
+    rows = ['"A B C" painted on a wall', 'it\'s a "sign"', "null", "NA", "a, b", "1984"]
     path = tmp_path / "rows.tsv"
     path.write_text("\n".join(["Prompt\tCategory", *(f"{row}\tx" for row in rows)]) + "\n")
-    assert texts(open_prompts(str(path), column="Prompt", local=True)) == rows
+    source = PromptSource(str(path), caption_column="Prompt", category_column="Category")
+    assert list(usable(open_prompts(source), source)) == [(row, "x") for row in rows]
+
+
+LONG = "x" * 1_000_000
+JSON_ROWS = [
+    '{"p": "good"}', '{"p": null}', '{"p": 5}', '{"p": ["a"]}', '{"p": ""}', '{"p": " \\n"}', '{"p": "a\\u0000b"}',
+    '{"p": "\\ud83d"}', '{"q": "x"}', "5", "{", "", "[" * 100_000, json.dumps({"p": LONG}), '{"p": " also good "}',
+]  # fmt: skip
+JSON_PROBLEMS = {
+    "null": 2, "not text but int": 2, "not text but list": 1, "blank": 3, "a NUL character": 1, "not UTF-8": 1,
+    "not JSON": 2, "longer than 10,000 characters": 1,
+}  # fmt: skip
+BAD = [
+    ("a.txt", b"\xef\xbb\xbfgood\r\n\r\n \t\r\na\0b\r\ncaf\xe9\r\nalso good\r\n" + LONG.encode() + b"\r\n",
+     {"blank": 2, "a NUL character": 1, "not UTF-8": 1, "longer than 10,000 characters": 1}),
+    ("a.csv",
+     b'\xef\xbb\xbfp,q\r\ngood,1\r\n,2\r\n\r\n\xff\xfe,3\r\na,b,c\r\nalso good,\r\n"' + LONG.encode() + b'",x\r\n',
+     {"blank": 2, "not UTF-8": 1, "more cells than columns": 1, "longer than 10,000 characters": 1}),
+    ("a.tsv", b"p\tq\ngood\t1\n\xe9\t2\na\tb\tc\nalso good\t\n", {"not UTF-8": 1, "more cells than columns": 1}),
+    ("a.jsonl", "\n".join(JSON_ROWS).encode() + b'\n{"p": "caf\xe9"}', JSON_PROBLEMS | {"not UTF-8": 2}),
+    ("a.json", b'[{"p": "good"}, {"p": null}, {}, 5, null, {"p": "also good"}]',
+     {"null": 1, "blank": 1, "not text but int": 1, "not text but NoneType": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, problems", BAD)
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, caplog, name, content, problems):
+    (tmp_path / name).write_bytes(content)
+    source, skipped = PromptSource(str(tmp_path / name), caption_column="p", if_several=True), Skipped()
+    assert texts(source, skipped) == ["good", "also good"]
+    assert skipped.counts == problems
+    assert len(skipped.first) == min(5, sum(problems.values())) and skipped.first[0].startswith(f"{name}:")
+    stream = PromptStream(open_prompts(source), 0, 10)
+    drawn = list(islice(stream, 6))  # three epochs
+    assert sorted(drawn[:2]) == sorted(drawn[4:]) == ["also good", "good"] and stream.skipped.counts == problems
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 1 and skipped.first[0] in lines[0] and "\n" not in lines[0] and len(lines[0]) < 1000
+
+
+def test_parquet_with_bytes_that_are_no_text(tmp_path):
+    raw = pa.array([b"good", None, b"\xff\xfe", b"", b"also good"])
+    text = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
+    table = pa.table({"p": text, "n": [1, 2, 3, 4, 5], "picture": [b"1"] * 5})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source, skipped = PromptSource(str(tmp_path / "a.parquet"), caption_column="p"), Skipped()
+    assert texts(source, skipped) == ["good", "also good"]
+    assert skipped.counts == {"null": 1, "not UTF-8": 1, "blank": 1}
+    with pytest.raises(Mistake, match="holds numbers; set --caption_column to one of: p, n, picture"):
+        texts(PromptSource(source.path, caption_column="n"))
+    with pytest.raises(Mistake, match="5 not text but bytes.*--caption_column names"):
+        texts(PromptSource(source.path, caption_column="picture"))
 
 
 @pytest.mark.parametrize(
@@ -55,75 +116,117 @@ def test_quotation_marks_and_null_are_text(tmp_path):
     [
         ("none.txt", None, None, "no such file or folder"),
         ("empty.txt", "", None, "is empty"),
+        ("blank.txt", "\n" * 100_000, None, "no prompts that can be used: 100,000 blank; the first: blank.txt:1"),
         ("head.csv", "id,Prompt\n", "Prompt", "is empty"),
         ("a.csv", "id,Prompt\n1,apple\n", None, "set --caption_column to one of: id, Prompt"),
         ("a.csv", "id,Prompt\n1,apple\n", "caption", "no column `caption`"),
+        ("a.csv", "id,Prompt\n1,apple\n2,pear\n", "id", "column `id` holds numbers"),
+        ("a.jsonl", '{"a": 1, "b": "x"}\n', "a", "column `a` holds numbers"),
+        ("a.jsonl", '{"a": [1], "b": "x"}\n', "a", "1 not text but list.*--caption_column names"),
+        ("a.jsonl", "5\n6\n", None, "no rows that can be read; the first one: not text but int"),
+        ("a.json", '[\n  {"a": "x"},\n', None, "no rows that can be read"),
+        ("a.parquet", "PAR1", None, "cannot be read"),
         ("a.xls", "?", None, "must hold files of one of"),
+        ("utf16.txt", "a cat\na dog".encode("utf-16").decode("latin-1"), None, "can be used"),
     ],
 )
 def test_mistakes_are_named(tmp_path, name, content, column, message):
     if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        open_prompts(str(tmp_path / name), column=column, local=True)
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+    source = PromptSource(str(tmp_path / name), caption_column=column)
+    with pytest.raises(Mistake, match=message) as error:
+        load_prompts(source, None, 4)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
-def numbered(tmp_path, n=100):
-    path = tmp_path / "numbers.txt"
-    path.write_text("\n".join(f"prompt {i}" for i in range(n)))
-    return open_prompts(str(path), local=True)
+def test_a_dataset_that_cannot_be_opened_is_a_mistake():
+    with pytest.raises(Mistake, match="the prompts user/none cannot be downloaded .*; give a file instead"):
+        open_prompts(PromptSource(dataset_name="user/none"))
 
 
-def test_stream_is_shuffled_anew_in_each_epoch_and_complete(tmp_path):
-    stream = PromptStream(numbered(tmp_path), seed=0, buffer_size=50)
-    epochs = [[next(stream) for _ in range(100)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts(numbered(tmp_path)))
-    assert epochs[0] != epochs[1] and epochs[0] != texts(numbered(tmp_path))
+def test_a_dataset_that_is_named(tmp_path):
+    """As `datasets` opens one from the Hub; here a folder with two shards, and columns that are not read."""
+    for i in range(2):
+        rows = [{"p": f"prompt {i} {j}" if j else None, "n": j, "tokens": [j]} for j in range(50)]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"train-{i}.parquet")
+    named = {"dataset_name": str(tmp_path), "max_samples": 60}
+    source = PromptSource(**named, caption_column="p", category_column="n")
+    skipped = Skipped()
+    rows = list(usable(open_prompts(source), source, skipped))
+    assert len(rows) == 58 and rows[0] == ("prompt 0 1", 1) and skipped.counts == {"null": 2}
+    train, heldout = load_prompts(PromptSource(**named, caption_column="p"), None, 4)
+    assert heldout == ["prompt 0 1", "prompt 0 21", "prompt 0 41"]
+    assert sorted(epoch(train, 0, 55)) == sorted(text for text, _ in rows if text not in heldout)
+    for column, message in [
+        ("n", "60 not text but int"),
+        ("tokens", "60 not text but list"),
+        (None, "one of: p, n, t"),
+    ]:
+        with pytest.raises(Mistake, match=message):
+            load_prompts(PromptSource(**named, caption_column=column), None, 4)
 
 
-@pytest.mark.parametrize("share", [(0, 1), (0, 2), (1, 2), (2, 3)])
-@pytest.mark.parametrize("taken", [7, 100, 130])
-def test_stream_continues_exactly(tmp_path, taken, share):
-    stream = PromptStream(numbered(tmp_path), 3, 20, *share)
-    for _ in range(taken):
-        next(stream)
-    again = PromptStream(numbered(tmp_path), 3, 20, *share)
-    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    assert list(islice(stream_of(stream), 90)) == list(islice(stream_of(again), 90))
+def test_one_column_needs_no_name(tmp_path):
+    (tmp_path / "a.csv").write_text("anything\na cat\n")
+    assert texts(PromptSource(str(tmp_path / "a.csv"))) == ["a cat"]
+    assert texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt", if_several=True)) == ["a cat"]
+    with pytest.raises(Mistake, match="no column `Prompt`"):
+        texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt"))
 
 
-def stream_of(stream):
-    while True:
-        yield next(stream)
+def test_sources_are_read_from_the_arguments(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n")
+    command = ["--train_prompts", str(tmp_path / "a.txt"), "--max_train_samples", "5", "--output_dir", str(tmp_path)]
+    train, judge = prompt_sources(parse_args(command))
+    assert train == PromptSource(str(tmp_path / "a.txt"), max_samples=5) and train.finite and judge is None
+    command = ["--dataset_name", "user/set", "--dataset_config_name", "c", "--dataset_split", "s"]
+    command += ["--caption_column", "p", "--eval_prompts", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path)]
+    train, judge = prompt_sources(parse_args(command))
+    assert train == PromptSource(None, "user/set", "c", "s", caption_column="p") and not train.finite
+    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="p", if_several=True)
 
 
-def test_processes_share_an_epoch(tmp_path):
-    shares = [PromptStream(numbered(tmp_path), 0, 50, rank, 2) for rank in range(2)]
-    seen = [next(s) for s in shares for _ in range(50)]
-    assert len(set(seen)) == 100
+def epoch(dataset, seed, n):
+    return list(islice(PromptStream(dataset, seed, 1000), n))
 
 
-def test_two_processes_draw_what_one_draws(tmp_path):
-    """Batch b on two ranks: the same prompts with the same noise as batch 2b on one."""
-
-    def draws(rank, world, batch):
-        sampler = Sampler(PromptStream(numbered(tmp_path), 0, 50, rank, world), (1, 2, 2), batch, 5, rank, world)
-        prompts, z, eps, u, *_ = sampler()
-        return {p: (z[i], eps[i], u[i]) for i, p in enumerate(prompts)}
-
-    one, two = draws(0, 1, 8), {**draws(0, 2, 4), **draws(1, 2, 4)}
-    assert one.keys() == two.keys()
-    for prompt in one:
-        for a, b in zip(one[prompt], two[prompt]):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("seed", [1, 3])
+def test_heldout_prompts_are_not_trained_on(tmp_path, seed):
+    """24 files: the order of files is shuffled, too, so that a row's number says nothing."""
+    for i in range(24):
+        (tmp_path / f"{i:02d}.txt").write_text("".join(f"prompt {i} {j}\n" for j in range(200)))
+    train, heldout = load_prompts(PromptSource(str(tmp_path)), None, 8)
+    assert heldout == [f"prompt 0 {20 * i}" for i in range(8)]
+    seen = epoch(train, seed, 24 * 200 - 8)
+    assert len(set(seen)) == 24 * 200 - 8 and not set(heldout) & set(seen)
 
 
-def test_heldout_prompts_are_not_trained_on(tmp_path):
-    class Args:
-        train_prompts, dataset_name, caption_column, cache_dir = str(tmp_path / "numbers.txt"), None, None, None
-        max_train_samples, eval_prompts, num_eval_prompts = None, None, 3
+def test_heldout_prompts_that_occur_again_are_not_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
+    (tmp_path / "b.txt").write_text("A  Prompt 0 \nprompt  20\n Prompt 0\nother\n")
+    train, heldout = load_prompts(PromptSource(str(tmp_path)), None, 2)
+    assert heldout == ["prompt 0", "prompt 20"]
+    assert sorted(epoch(train, 0, 40)) == sorted(
+        [*(f"prompt {i}" for i in range(40) if i % 20), "other", "A  Prompt 0"]
+    )
 
-    numbered(tmp_path)
-    train, heldout = load_prompts(Args)
-    assert heldout == ["prompt 0", "prompt 20", "prompt 40"]
-    assert len(texts(train)) == 97 and not set(heldout) & set(texts(train))
+
+def test_only_the_first_samples(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
+    train, heldout = load_prompts(PromptSource(str(tmp_path / "a.txt"), max_samples=5), None, 2)
+    assert heldout == ["prompt 0"] and sorted(epoch(train, 0, 8)[:4]) == [f"prompt {i}" for i in range(1, 5)]
+
+
+def test_nothing_left_to_train_on_is_a_mistake(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\nA cat\n\n")
+    with pytest.raises(Mistake, match="every prompt is held out to judge with .1., none is left to train on"):
+        load_prompts(PromptSource(str(tmp_path / "a.txt")), None, 2)
+
+
+def test_prompts_to_judge_with_may_be_named(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a cat\na dog\n")
+    (tmp_path / "b.txt").write_text("a Cat\n\na bird\na fish\n")
+    source = PromptSource(str(tmp_path / "a.txt"))
+    train, judge = load_prompts(source, PromptSource(str(tmp_path / "b.txt")), 2)
+    assert judge == ["a Cat", "a bird"] and sorted(epoch(train, 0, 2)) == ["a cat", "a dog"]
+    assert "1 of the 2 prompts to judge with are trained on" in caplog.text

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.prompts.files import open_prompts
+from diff_instruct.prompts.files import PromptSource, open_prompts, usable
+from diff_instruct.prompts.rows import Skipped
+
+
+logger = logging.getLogger(__name__)
 
 
 COCO, PARTI, HPSV2 = "phiyodr/coco2017", "nateraw/parti-prompts", "zhwang/HPDv2"  # data sets on the Hub
@@ -48,15 +53,15 @@ def spread(total, n):
 
 def coco2017():
     """The first caption of every picture of the validation split: 5,000 rows (caption, None)."""
-    rows = open_prompts(COCO, split="validation", column="captions")
+    rows = open_prompts(PromptSource(dataset_name=COCO, split="validation", caption_column="captions"))
     return [(row["text"][0].strip(), None) for row in rows]
 
 
 def parti():
     """PartiPrompts (arXiv 2206.10789): 1,632 rows (prompt, category)."""
     file = huggingface_hub.hf_hub_download(PARTI, "PartiPrompts.tsv", repo_type="dataset")
-    rows = open_prompts(file, column="Prompt", local=True, category="Category")
-    return [(row["text"], row["category"]) for row in rows]
+    source = PromptSource(file, caption_column="Prompt", category_column="Category")
+    return list(usable(open_prompts(source), source))
 
 
 def hpsv2():
@@ -74,15 +79,23 @@ DEFAULT_NUMBER = {"coco2017": 1000}  # as many as the papers take; all of the ot
 
 def read_rows(args):
     """(prompt, category or None) of `--prompts` or `--dataset_name`."""
-    options = {"column": args.caption_column, "category": args.category_column, "cache_dir": args.cache_dir}
     if args.prompts in PROMPT_SETS:
         return PROMPT_SETS[args.prompts]()
-    if args.prompts is not None:
-        rows = open_prompts(args.prompts, local=True, **options)
-    else:
-        rows = open_prompts(args.dataset_name, args.dataset_config_name, args.dataset_split, **options)
-        rows = rows.take(args.num_prompts)
-    return [(row["text"], row.get("category")) for row in rows]
+    source = PromptSource(
+        args.prompts,
+        args.dataset_name,
+        args.dataset_config_name,
+        args.dataset_split,
+        caption_column=args.caption_column,
+        category_column=args.category_column,
+        max_samples=args.num_prompts if args.prompts is None else None,
+        cache_dir=args.cache_dir,
+    )
+    skipped = Skipped()
+    rows = list(usable(open_prompts(source), source, skipped))
+    if skipped.counts:
+        logger.warning(f"prompts left out: {skipped}")
+    return rows
 
 
 def load_prompt_set(args):
@@ -99,7 +112,7 @@ def load_prompt_set(args):
     except OSError as error:
         line = str(error).splitlines()[0]
         raise Mistake(f"the prompts {source} cannot be downloaded ({line}); give a file with --prompts") from None
-    rows = [(text, category) for text, category in rows if text and text.strip()]
+    rows = [(text, category) for text, category in rows if text.strip()]
     number = DEFAULT_NUMBER.get(args.prompts) if args.num_prompts is None else args.num_prompts
     rows = [rows[i] for i in spread(len(rows), number)]
     if not rows:

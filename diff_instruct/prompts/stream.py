@@ -1,55 +1,144 @@
-"""Prompts, streamed through `datasets` from the Hub or from local files, and the samples that are drawn for them."""
+"""Prompts in an endless, shuffled order that processes share, and the samples that are drawn for them."""
 
+import logging
+import time
+from collections import deque
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.prompts.rows import Skipped, problem, tidy
+
+
+logger = logging.getLogger(__name__)
+
+WAITS = (1, 4, 16, 64, 256)  # seconds before a broken stream is read again; `datasets` has tried for minutes before
+
+
+class StreamBroken(RuntimeError):
+    """The prompts cannot be read any further, although it was tried for minutes; the run can be continued later."""
 
 
 class PromptStream:
     """An endless, shuffled stream of prompts, this process's share of it, that can be continued exactly.
 
+    The epochs, each in its own order, form one endless sequence; process k of n takes its places k, k + n, k + 2n and
+    so on, across the seams of epochs. So n processes together see what one sees, whatever the numbers of prompts and
+    files. Each process reads all rows, which are short.
+
+    The state is the place in the sequence, the same on all processes after equally many draws: a run may be continued
+    with another number of them. `datasets` cannot save its buffer, so the epoch is read again up to there; the source
+    must be unchanged.
+
     Args:
-        dataset: from `open_prompts`.
+        dataset: from `load_prompts`.
         seed (`int`), buffer_size (`int`): of the shuffle, new in each epoch.
+        process_index (`int`), num_processes (`int`): k and n.
+
+    Attributes:
+        skipped ([`Skipped`]): rows that could not be used, counted in one pass over the source, as far as it got.
     """
 
     def __init__(self, dataset, seed, buffer_size, process_index=0, num_processes=1):
-        dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
-        self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
-        self.epoch, self.position = 0, 0
-        self.iterator = None
+        self.skipped, self.counted, self.warned = Skipped(), False, False
+        self.dataset = dataset.filter(self.is_usable).shuffle(seed=seed, buffer_size=buffer_size)
+        self.process_index, self.num_processes = process_index, num_processes
+        self.load_state_dict({"epoch": 0, "position": 0})
+
+    def is_usable(self, row):
+        why = problem(row)
+        if why is not None and not self.counted:
+            self.skipped.add(row, why)
+        return why is None
+
+    def __iter__(self):
+        return self
 
     def __next__(self):
-        if self.iterator is None:
-            self.dataset.set_epoch(self.epoch)  # `skip` would drop rows before they are shared out, not after
-            self.iterator = islice(iter(self.dataset), self.position, None)
-        for row in self.iterator:
-            self.position += 1
-            if row["text"] and row["text"].strip():
-                return row["text"]
-        if self.position == 0:
-            raise Mistake("there are fewer prompts than processes: each process needs at least one")
-        self.epoch, self.position, self.iterator = self.epoch + 1, 0, None
-        return next(self)
+        self.read_ahead(1)
+        prompt, self.state = self.ahead.popleft()
+        return prompt
+
+    def read_ahead(self, number):
+        """Hold at least so many of the next prompts ready: no stream can break under the next `number` draws.
+
+        Raises:
+            StreamBroken: if it breaks now; what was drawn, and the state, stay as they are.
+            Mistake: if the source has no prompt that can be used.
+        """
+        while len(self.ahead) < number:
+            block = [self.read() for _ in range(self.num_processes)]
+            self.ahead.append((block[self.process_index], {"epoch": self.epoch, "position": self.position}))
+
+    def read(self):
+        """The next prompt of the endless sequence."""
+        for wait in (*WAITS, None):
+            try:
+                return self.try_to_read()
+            except Mistake:
+                raise
+            except Exception as error:  # libraries for networks and formats have no class of errors in common
+                self.rows = None
+                what = f"the prompts cannot be read ({type(error).__name__}: {error})"
+                if wait is None:
+                    raise StreamBroken(f"{what}, after {len(WAITS)} attempts to read on") from error
+                logger.warning(f"{what}; next attempt in {wait} s")
+                time.sleep(wait)
+
+    def try_to_read(self):
+        while True:
+            if self.rows is None:
+                if not self.counted:
+                    self.skipped.clear()  # the epoch is read from its start
+                self.dataset.set_epoch(self.epoch)
+                self.rows = islice(iter(self.dataset), self.position, None)
+            row = next(self.rows, None)
+            if row is not None:
+                self.position += 1
+                self.warn()
+                return tidy(row["text"])
+            self.counted = True
+            self.warn()
+            if self.position == 0:
+                raise Mistake(f"the training prompts have none that can be used: {self.skipped}")
+            self.epoch, self.position, self.rows = self.epoch + 1, 0, None
+
+    def warn(self):
+        """One line about rows that cannot be used, as soon as there is one."""
+        if self.skipped.counts and not self.warned:
+            self.warned = True
+            if self.process_index == 0:
+                logger.warning(f"prompts left out so far: {self.skipped}")
 
     def state_dict(self):
-        """Where the stream stands."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Where the stream stands: the epoch and how many of its prompts all processes have drawn."""
+        return dict(self.state)
 
     def load_state_dict(self, state):
         """Continue from there."""
-        self.epoch, self.position, self.iterator = state["epoch"], state["position"], None
+        self.epoch, self.position = state["epoch"], state["position"]  # of the reader, which may be ahead
+        self.state, self.rows, self.ahead = dict(state), None, deque()
+
+
+class Draw(NamedTuple):
+    """What Algorithm 1 draws for B samples; the last two are for a generator of n steps, as `generate` takes them."""
+
+    prompts: list  # c, B of them
+    z: torch.Tensor  # (B, C, H, W) ~ N(0, I)
+    eps: torch.Tensor  # (B, C, H, W) ~ N(0, I)
+    u: torch.Tensor  # (B,) ~ U[0, 1), to draw timesteps with
+    noise: torch.Tensor  # (n − 1, B, C, H, W) ~ N(0, I), of its further steps
+    step: torch.Tensor  # (B,), the step whose x0 is taken, uniform on 0..n − 1
 
 
 class Sampler:
     """Draws the c, z, t and ε of Algorithm 1; each sample's noise comes from (seed, its number over all processes).
 
     So a run that is continued draws what it would have drawn, and two processes with batch b draw what one process
-    with batch 2b draws.
+    with batch 2b draws. The state is the same on all processes.
 
     Args:
         prompts: a [`PromptStream`].
@@ -64,28 +153,27 @@ class Sampler:
         self.steps, self.drawn = steps, 0
 
     def __call__(self):
-        """Prompts c, a list of B; noise z and ε, (B, C, H, W) each; u ~ U[0, 1), (B,), to draw timesteps with.
-
-        And for `OneStepPipeline.generate`: the noise of further steps, (n − 1, B, C, H, W), and the step whose x0 is
-        taken, uniform on 0..n − 1, (B,).
-        """
+        """A [`Draw`] of `batch_size` samples."""
         prompts, noise, uniform, further, step = [], [], [], [], []
         for _ in range(self.batch_size):
-            number = self.drawn * self.num_processes + self.process_index
-            entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
-            rng = torch.Generator().manual_seed(int(entropy[0] >> np.uint64(1)))
+            entropy = np.random.SeedSequence([self.seed, self.drawn + self.process_index])
+            rng = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             prompts.append(next(self.prompts))
             noise.append(torch.randn(2, *self.latent_shape, generator=rng))
             uniform.append(torch.rand((), generator=rng))
             further.append(torch.randn(self.steps - 1, *self.latent_shape, generator=rng))
             step.append(torch.randint(self.steps, (), generator=rng))
-            self.drawn += 1
+            self.drawn += self.num_processes
         z, eps = torch.stack(noise, dim=1).to(self.device)
         further, step = torch.stack(further, dim=1).to(self.device), torch.stack(step).to(self.device)
-        return prompts, z, eps, torch.stack(uniform), further, step
+        return Draw(prompts, z, eps, torch.stack(uniform), further, step)
+
+    def read_ahead(self, draws):
+        """Read the prompts of so many calls: then none of them raises `StreamBroken`, halfway through a step."""
+        self.prompts.read_ahead(draws * self.batch_size)
 
     def state_dict(self):
-        """Where the draws stand."""
+        """Where the draws stand: how many samples all processes have drawn, and the stream's state."""
         return {"drawn": self.drawn, "prompts": self.prompts.state_dict()}
 
     def load_state_dict(self, state):

@@ -82,6 +82,12 @@ def build_parser():
     g.add_argument(
         "--eval_prompts", help="file of prompts to judge with; default: every 20th training prompt is held out"
     )
+    g.add_argument("--prompt_cache", help="folder that keeps the prompts' embeddings, for this run and later ones")
+    g.add_argument(
+        "--offload_text_encoder",
+        action="store_true",
+        help="text encoders on the CPU but for the encoding of new prompts",
+    )
     g.add_argument("--num_eval_prompts", type=int, default=64, help="how many prompts are judged, at most")
     g.add_argument("--num_eval_images", type=int, default=4, help="images (seeds) for each of them; at least 2")
     g.add_argument("--validation_prompts", nargs="+", help="prompts to draw; default: the first few eval prompts")
