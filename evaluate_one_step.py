@@ -6,7 +6,6 @@ reference=pocket/reference,steps=25,guidance=4.5 --prompts pocket/prompts_heldou
 does it with the pocket models. The same command goes on where it was stopped.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diff_instruct.command_line import Parser, positive_int, seed, text
 from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, load
 from diff_instruct.evaluation.cost import Meter
 from diff_instruct.evaluation.judge import diversity, first_features
@@ -29,8 +29,8 @@ from diff_instruct.evaluation.report import markdown, report
 from diff_instruct.evaluation.store import Batches, fingerprint, remember, write_whole
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.base import Scorer
-from diff_instruct.rewards.loading import REWARDS, check_scorers, load_scorers
-from diff_instruct.rewards.specs import parse_pairs
+from diff_instruct.rewards.loading import load_scorers
+from diff_instruct.rewards.specs import NAMES, read_scorers
 from diff_instruct.training.environment import use_cores
 
 
@@ -39,37 +39,48 @@ THUMBNAIL = 256
 
 def build_parser():
     """All arguments."""
-    parser = argparse.ArgumentParser(
-        description="Score text-to-image models side by side on the same prompts and seeds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Score text-to-image models side by side on the same prompts and seeds.")
     add = parser.add_argument
-    add("--models", nargs="+", required=True, metavar="NAME=PATH",
+    add("--models", type=text, nargs="+", required=True, metavar="NAME=PATH",
         help=f"{EXAMPLE}: a OneStepPipeline, a multi-step reference, a one-step network in the pipeline it was "
         "made for (without base: in its own); folders or Hub ids; variant=fp16: files of that name")  # fmt: skip
-    add("--baseline", help="name of the model that the others are compared with; default: the first")
-    add("--prompts", help=f"{', '.join(PROMPT_SETS)}, or a .txt .csv .tsv .jsonl .json .parquet file, or a folder")
-    add("--dataset_name", help="instead: Hub id of a dataset with prompts")
-    add("--dataset_config_name", help="configuration of that dataset")
-    add("--dataset_split", default="train", help="split of that dataset")
-    add("--caption_column", help="column with the prompts; may be left out if there is only one")
-    add("--category_column", help="column with categories, to report each of them, too")
-    add("--num_prompts", type=int, help="so many prompts, at even distances (of a dataset: the first); default: all, "
+    add("--baseline", type=text, help="name of the model that the others are compared with; default: the first")
+    add(
+        "--prompts",
+        type=text,
+        help=f"{', '.join(PROMPT_SETS)}, or a .txt .csv .tsv .jsonl .json .parquet file, or a folder",
+    )
+    add("--dataset_name", type=text, help="instead: Hub id of a dataset with prompts")
+    add("--dataset_config_name", type=text, help="configuration of that dataset")
+    add("--dataset_split", type=text, default="train", help="split of that dataset")
+    add("--caption_column", type=text, help="column with the prompts; may be left out if there is only one")
+    add("--category_column", type=text, help="column with categories, to report each of them, too")
+    add("--num_prompts", type=positive_int,
+        help="so many prompts, at even distances (of a dataset: the first); default: all, "
         + ", ".join(f"{number} of {name}" for name, number in DEFAULT_NUMBER.items()))  # fmt: skip
     add("--mean_over", choices=RULES, help="default: categories for hpsv2, prompts for others")
-    add("--num_images", type=int, default=4, help="images for each prompt; diversity needs 2")
-    add("--seed", type=int, default=1234, help="of the images; the training script judges with the default")
-    add("--rewards", nargs="+", default=["image_reward", "hpsv2.1", "pickscore", "clip", "aesthetic"], metavar="NAME",
-        help=f"any of {', '.join(REWARDS)}, or your own as path/to/file.py:function; diversity is measured with the "
+    add("--num_images", type=positive_int, default=4, help="images for each prompt; diversity needs 2")
+    add("--seed", type=seed, default=1234, help="of the images; the training script judges with the default")
+    add("--rewards", type=text, nargs="+", metavar="NAME",
+        default=["image_reward", "hpsv2.1", "pickscore", "clip", "aesthetic"],
+        help=f"any of {', '.join(NAMES)}, or your own as path/to/file.py:function; diversity is measured with the "
         "first one")  # fmt: skip
-    add("--reward_checkpoint", nargs="+", metavar="NAME=PATH", help="local files or folders, instead of the Hub's")
-    add("--batch_size", type=int, default=16, help="images at a time, all of a prompt together")
-    add("--resolution", type=int, help="pixels of an image's side; default: each model's own")
+    add(
+        "--reward_checkpoint",
+        type=text,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="local files or folders, instead of the Hub's",
+    )
+    add("--batch_size", type=positive_int, default=16, help="images at a time, all of a prompt together")
+    add("--resolution", type=positive_int, help="pixels of an image's side; default: each model's own")
     add("--mixed_precision", choices=["no", "bf16"], help="of the models; default: what accelerate is configured for")
-    add("--output_dir", default="evaluation", help="evaluation.json, .md and .png, and the finished batches")
-    add("--grid_prompts", type=int, default=8, help="rows of evaluation.png")
+    add(
+        "--output_dir", type=text, default="evaluation", help="evaluation.json, .md and .png, and the finished batches"
+    )
+    add("--grid_prompts", type=positive_int, default=8, help="rows of evaluation.png")
     add("--save_images", action="store_true", help="keep every image, in images/NAME")
-    add("--cache_dir", help="where downloads are kept")
+    add("--cache_dir", type=text, help="where downloads are kept")
     add("--trust_remote_code", action="store_true", help="run the pipeline_one_step.py of exports on the Hub")
     return parser
 
@@ -80,12 +91,9 @@ def check_args(args):
         raise Mistake("give either --prompts or --dataset_name")
     if args.dataset_name is not None and args.num_prompts is None:
         raise Mistake("--dataset_name is streamed: say how many prompts with --num_prompts")
-    for name in ("num_images", "grid_prompts", "num_prompts"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise Mistake(f"--{name} must be at least 1")
     if args.batch_size < args.num_images:
         raise Mistake(f"--batch_size must be at least --num_images, {args.num_images}: a prompt's stay together")
-    check_scorers(args.rewards, args.reward_checkpoint)
+    read_scorers(args.rewards, args.reward_checkpoint)
 
 
 def parse_models(args):
@@ -107,8 +115,8 @@ def parse_models(args):
 
 def settings(args, prompts, dtype, device):
     """What the figures depend on, besides the models: an evaluation goes on only if it is the same."""
-    own = [spec.partition(".py:")[0] + ".py" for spec in args.rewards if ".py:" in spec]
-    local = [*own, *parse_pairs("reward_checkpoint", args.reward_checkpoint).values()]
+    specs = read_scorers(args.rewards, args.reward_checkpoint)
+    local = [path for spec in specs for path in (spec.file, spec.checkpoint) if path]
     names = ("num_images", "seed", "rewards", "reward_checkpoint", "batch_size", "resolution")
     return {
         "prompts": prompts.sha256,
@@ -193,7 +201,7 @@ def main(args):
     # 2. Draw and score, model by model, what is not there yet.
     scorers = {}
     if any(missing.values()):
-        scorers = load_scorers(args.rewards, args.reward_checkpoint, args.cache_dir, device)
+        scorers = load_scorers(read_scorers(args.rewards, args.reward_checkpoint), device, args.cache_dir)
     for name in (name for name, numbers in missing.items() if numbers):
         meter = Meter(device)
         draw, shape = load(contenders[name], known[name], args.resolution, args.cache_dir, dtype, device)

@@ -40,14 +40,15 @@ from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.files import load_prompts, prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
-from diff_instruct.rewards.loading import load_heldout, load_mix, truncated_prompts
+from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers, truncated_prompts
+from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.arguments import parse_args, trackable
-from diff_instruct.training.brakes import validations_since_best, warmed_up
 from diff_instruct.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import Averages, History, Speed, log_images
 from diff_instruct.training.optimizer import Trained
+from diff_instruct.training.reward_scale import RewardDial, validations_since_best
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
@@ -77,12 +78,13 @@ def ta_loss(batch, generator, ta):
     return ta.loss(x_t, batch.eps, batch.t, batch.c)
 
 
-def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alpha_cfg, args):
+def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alpha_cfg, measuring, args):
     """dL/dx0, x0 = g_θ(z, c), of −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩; or, with the
     score-based divergence of y_t = s_ψ − s̃_ref, + w(t) ⟨−d'(y_t), s_ψ(x_t, t, c) − ∇ log p(x_t | x0)⟩.
 
     Returns:
-        The gradient (B, C, H, W), summed over the batch, and figures to log.
+        The gradient (B, C, H, W), summed over the batch, and figures to log. While α_rew is still being measured, and
+        0, `norm_reward` is that of ∇r itself.
     """
     prompts, c, t, schedule, size = batch.prompts, batch.c, batch.t, ta.schedule, args.reward_batch_size or len(x0)
     score_based, diffused = args.divergence == "score", args.reward_mode == "diffused" and alpha_rew != 0
@@ -107,13 +109,13 @@ def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alph
         again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg).guided  # noqa: E731
         d_k = denoise(from_ref.guided, x_t, t, again, schedule, args.diffused_reward_steps)
         r, grad_r = diffused_reward_gradient(x0_leaf, d_k, w, prompts, reward, decode, size)
-    elif alpha_rew != 0:
+    elif alpha_rew != 0 or measuring:
         r, grad_r = reward_gradient(x0_leaf, prompts, reward, decode, size)
-    if alpha_rew != 0:
+    if alpha_rew != 0 or measuring:
         gradient = gradient - alpha_rew * grad_r
-        figures["norm_reward"] = alpha_rew * grad_r
+        figures["norm_reward"] = grad_r if measuring else alpha_rew * grad_r
     figures = {k: v.flatten(1).norm(dim=1).mean() for k, v in figures.items()}
-    if alpha_rew != 0:
+    if alpha_rew != 0 or measuring:
         figures |= {"reward": r.mean(), **reward.take_parts(len(x0))}
     return gradient, {**figures, "x0_mean": x0.detach().mean(), "x0_std": x0.detach().std()}
 
@@ -151,7 +153,9 @@ def main(args):
         accelerator.print(f"There is no checkpoint in {args.output_dir} yet: starting afresh.")
 
     # 3. The actors: reward; generator (in `pipe`, which is what is shipped), teaching assistant, reference.
-    reward, heldout = load_mix(args, device), load_heldout(args, device)
+    trained_on, reported = read_rewards(args)
+    reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir)
+    heldout = load_scorers(reported, device, args.cache_dir)
     actors = load_actors(models, device, dtype, accelerator.autocast, args)
     pipe, generator, ta, ref = actors.pipe, actors.generator, actors.ta, actors.ref
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
@@ -185,11 +189,13 @@ def main(args):
             t = pipe.schedule.timesteps(u, args.min_timestep, args.max_timestep).to(device)
             yield Batch(prompts, encode(prompts), z, noise, step, t, eps)
 
+    dial = RewardDial(args.reward_scale, args.reward_warmup_steps, args.reward_ratio, args.reward_ratio_steps)
     first_step, spent, heldout_scores = -warmup, 0.0, []
     if checkpoint:
         state = load_checkpoint(accelerator, checkpoint, [theta, psi])
         first_step, spent, heldout_scores = state["step"], state["seconds"], state["heldout_scores"]
         sampler.load_state_dict(state["sampler"])
+        dial.load_state_dict(state["dial"])
         accelerator.print(f"Resumed at step {first_step} from {checkpoint}.")
 
     # 5. The generator before, on fixed prompts and seeds that are never trained on.
@@ -214,7 +220,7 @@ def main(args):
         if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
             break
         pretraining, figures = step < args.pretrain_steps, Averages()
-        alpha_rew = warmed_up(args.reward_scale, step - args.pretrain_steps, args.reward_warmup_steps)
+        alpha_rew, measuring = dial.scale(step - args.pretrain_steps), dial.measuring(step - args.pretrain_steps)
         alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
 
         for _ in range(args.ta_steps if step >= 0 else 1):  # θ is frozen; K_TA times ψ takes a step
@@ -228,7 +234,7 @@ def main(args):
             for batch in batches():
                 x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
                 with psi.frozen():
-                    weights = alpha_rew, alpha_cfg
+                    weights = alpha_rew, alpha_cfg, measuring
                     dL_dx0, seen = generator_gradient(x0, batch, ta, ref, null, reward, decode, *weights, args)
                 figures.add(seen)
                 accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * accumulation))
@@ -237,8 +243,12 @@ def main(args):
 
         # 7. What happened.
         done, speed.steps = step + 1, speed.steps + 1
-        if done % args.logging_steps == 0 or done == total:
-            row = {**figures.take(accelerator), **speed.take(), "grad_norm_ta": psi.norm}
+        logging = done % args.logging_steps == 0 or done == total
+        row = figures.take(accelerator) if logging or measuring else {}
+        if measuring:
+            dial.observe(row["norm_reward"], row["norm_divergence"])
+        if logging:
+            row |= {**speed.take(), "grad_norm_ta": psi.norm}
             row |= {"grad_norm_generator": theta.norm, "reward_scale": alpha_rew} if step >= 0 else {}
             row |= {"learning_rate": theta.learning_rate, "ta_learning_rate": psi.learning_rate}
             row["skipped_steps"] = theta.skipped + psi.skipped
@@ -256,7 +266,8 @@ def main(args):
                 log_images(accelerator, done, pictures, validation_prompts)
         if args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == total):
             state = {"step": done, "seconds": spent + time.time() - started, "sampler": sampler.state_dict()}
-            state["heldout_scores"], limit = heldout_scores, args.checkpoints_total_limit
+            state |= {"heldout_scores": heldout_scores, "dial": dial.state_dict()}
+            limit = args.checkpoints_total_limit
             save_checkpoint(accelerator, args.output_dir, max(done, 0), state, [theta, psi], limit)
         speed.go_on()
 
@@ -269,6 +280,7 @@ def main(args):
         "truncated_prompts": truncated_prompts(reward, heldout),
         "diversity_by": diversity_features(reward, heldout)[0],
         "skipped_steps": theta.skipped + psi.skipped,
+        "reward_scale": dial.reward_scale,
         "arguments": trackable(args),
     }
     if is_main:

@@ -18,6 +18,7 @@ import train_diff_instruct_pp as script
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import models_of
 from diff_instruct.rewards.loading import load_mix
+from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.arguments import parse_args
 
 
@@ -27,7 +28,7 @@ def bare_iterations(args, n):
     stock = load_reference(models, torch.float32)
     pipe = load_generator(models, stock)
     generator, reference = pipe.transformer.train(), stock.transformer
-    ta, reward = copy.deepcopy(reference).requires_grad_(True).train(), load_mix(args, "cpu")
+    ta, reward = copy.deepcopy(reference).requires_grad_(True).train(), load_mix(read_rewards(args)[0], "cpu")
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0.0, 0.999)) for m in (generator, ta)]
     prompts = [f"a red apple {i}" for i in range(args.train_batch_size)]
     c = {k: v[:, :8] for k, v in pipe.encode_prompt(prompts).items()}

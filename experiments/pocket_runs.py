@@ -32,7 +32,8 @@ from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import models_of
-from diff_instruct.rewards.loading import load_heldout, load_mix
+from diff_instruct.rewards.loading import load_mix, load_scorers
+from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.environment import usable_cores
 from pocket.build import caption_features, retrieved
@@ -119,7 +120,8 @@ class Judge:
         self.models = models_of(args)
         self.stock = load_reference(self.models, torch.float32)
         self.before = load_generator(self.models, self.stock)
-        self.reward, self.heldout = load_mix(args, "cpu"), load_heldout(args, "cpu")
+        trained, reported = read_rewards(args)
+        self.reward, self.heldout = load_mix(trained, "cpu"), load_scorers(reported, "cpu")
         self.known, rest, self.new = split_prompts()
         self.text = caption_features(self.heldout["pocket_heldout"], [*self.known, *rest, *self.new])
         self.shown = [*self.known[::13], *self.new[:3]]

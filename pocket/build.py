@@ -28,6 +28,7 @@ from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel, T5Toke
 
 from diff_instruct.rewards.loading import load_reward
 from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.rewards.specs import RewardSpec
 from diff_instruct.training.checkpoints import list_checkpoints
 from pocket import data
 from pocket.fit import fit
@@ -315,7 +316,7 @@ def report(work_dir, left_out):
         (group, g): sample(pipe, prompts, guidance_scale=g) for group, prompts in groups.items() for g in (1.0, 4.5)
     }
     for name in ("pocket", "pocket_heldout"):
-        scorer, result = load_reward(name), {}
+        scorer, result = load_reward(RewardSpec(name)), {}
         for group, prompts in groups.items():
             real = torch.cat([pictures[2 * position[p] : 2 * position[p] + 2] for p in prompts])
             result[group] = {

@@ -12,7 +12,7 @@ from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.training.arguments import build_parser, parse_args
-from diff_instruct.training.methods import PRESETS
+from diff_instruct.training.methods import METHODS
 from diff_instruct.training.optimizer import Trained
 from tests.runs import run, watch_actors, weights
 
@@ -118,7 +118,7 @@ def test_no_network_runs_twice(tiny_args, watch, method, reference_calls):
 def test_checkpointing_runs_the_blocks_of_both_networks_again(tiny_args, watch):
     calls = []
     for extra in ([], ["--gradient_checkpointing"]):
-        run([*tiny_args, "--max_train_steps", 1, *SCORE, *extra])
+        run([*tiny_args, "--max_train_steps", 1, "--overwrite_output_dir", *SCORE, *extra])
         calls.append(watch["trained"])
         watch["calls"].clear()
     assert calls == [[2, 2], [4, 4]]
@@ -169,12 +169,12 @@ def test_diffused_reward_does_not_depend_on_the_micro_batch(tiny_args, tmp_path)
         torch.testing.assert_close(one[key], two[key], atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", METHODS)
 def test_every_preset_runs(tiny_args, tmp_path, preset):
     run([*tiny_args, "--preset", preset, "--max_train_steps", 2])
     history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     rows = [row for row in history if "ta_loss" in row]
-    rewarded = PRESETS[preset].get("reward_scale") != 0
+    rewarded = METHODS[preset].defaults.get("reward_scale") != 0
     assert len(rows) == 2 and all(row["norm_divergence"] > 0 for row in rows)
     assert all((row.get("norm_reward", 0) > 0) == rewarded for row in rows)
     summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
@@ -183,12 +183,17 @@ def test_every_preset_runs(tiny_args, tmp_path, preset):
 
 def test_presets_set_arguments_and_given_ones_win(tmp_path):
     known = vars(build_parser().parse_args([]))
-    assert all(key in known for values in PRESETS.values() for key in values)
+    assert all(key in known for method in METHODS.values() for key in method.defaults)
     out = ["--output_dir", str(tmp_path)]
     args = parse_args([*out, "--preset", "di++", "--cfg_scale", "2"])
     assert (args.reward_scale, args.cfg_scale, args.divergence) == (10, 2, "ikl")
     assert args.learning_rate == parse_args(out).learning_rate  # the pocket's own settings stay
     assert parse_args([*out, "--preset", "didr"]).reward_mode == "diffused"
+    large = ["--pretrained_model_name_or_path", "some/model", "--train_prompts", __file__, *out]
+    for preset, numbers in (("di*", (100, 7.5)), ("sim", (0, 7.5))):  # as published for SDXL; the pocket has its own
+        args = parse_args([*large, "--preset", preset])
+        assert (args.reward_scale, args.cfg_scale, args.divergence) == (*numbers, "score")
+        assert parse_args([*out, "--preset", preset]).cfg_scale == 4.5
     bare = parse_args(out)
     assert (bare.divergence, bare.reward_mode, bare.reward_scale, bare.cfg_scale) == ("ikl", "clean", 10, 4.5)
 
@@ -196,10 +201,10 @@ def test_presets_set_arguments_and_given_ones_win(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--huber_c", "0"], "--huber_c must be positive"),
+        (["--huber_c", "0"], "--huber_c must be a positive number"),
         (["--reward_mode", "diffused", "--divergence", "score"], "--reward_mode diffused needs --divergence ikl"),
-        (["--diffused_reward_steps", "0"], "--diffused_reward_steps must be at least 1"),
-        (["--ta_learning_rate", "0"], "--ta_learning_rate must be positive"),
+        (["--diffused_reward_steps", "0"], "--diffused_reward_steps must be a whole number of at least 1"),
+        (["--ta_learning_rate", "0"], "--ta_learning_rate must be a positive number"),
     ],
 )
 def test_mistakes_end_with_one_line(tiny_args, options, message):

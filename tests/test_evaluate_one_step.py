@@ -31,6 +31,7 @@ from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards import loading as rewards
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix
+from diff_instruct.rewards.specs import read_scorers
 from pipeline_one_step import OneStepPipeline
 from tests.tiny import PROMPTS, tiny_sdxl
 
@@ -112,7 +113,7 @@ def test_figures_are_those_of_the_training_script_s_evaluation(options, export, 
     pipe = OneStepPipeline(
         **{**dict.fromkeys(OneStepPipeline._optional_components), **loaded(export).components}, timestep=400
     )
-    scorers = load_scorers(["pocket", "pocket_heldout"], None, None, "cpu")
+    scorers = load_scorers(read_scorers(["pocket", "pocket_heldout"], None), "cpu")
     mix = Mix({"pocket": scorers.pop("pocket")}, {"pocket": 1.0})
     encode = Conditioning(pipe.encode_prompt, "cpu")
     scores = evaluate(

@@ -28,15 +28,17 @@ def run(monkeypatch, capsys, *arguments):
 
 def test_it_tells_the_published_scores_from_others(pictures, monkeypatch, capsys):
     reward, paths = load_saved("image_reward_tiny", ORACLE / "image_reward_tiny"), []
-    monkeypatch.setattr(golden, "load_reward", lambda name, path, trained: paths.append(path) or reward)
-    arguments = ["--images", pictures, "--reward_checkpoint", "image_reward=mine.pt"]
+    monkeypatch.setattr(golden, "load_reward", lambda spec, trained: paths.append(spec.checkpoint) or reward)
+    mine = pictures / "mine.pt"
+    mine.touch()
+    arguments = ["--images", pictures, "--reward_checkpoint", f"image_reward={mine}"]
     status, printed = run(monkeypatch, capsys, *arguments)
     assert status == 1 and "| 4.webp | -2.02957 |" in printed and "NOT the published scores" in printed
     scores = [reward(golden.read_picture(pictures / name), [golden.PROMPT]).item() for name in golden.GOLDEN]
     for shift, expected in ((0.005, 0), (0.02, 1)):
         monkeypatch.setattr(golden, "GOLDEN", {n: s + shift for n, s in zip(golden.GOLDEN, scores)})
         assert run(monkeypatch, capsys, *arguments)[0] == expected
-    assert paths == ["mine.pt"] * 3
+    assert paths == [str(mine)] * 3
 
 
 def test_without_network_it_says_so_in_one_line(pictures, monkeypatch, capsys):

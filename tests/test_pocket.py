@@ -6,6 +6,7 @@ from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import read_models
 from diff_instruct.rewards.loading import load_reward
+from diff_instruct.rewards.specs import RewardSpec
 from diff_instruct.training.arguments import parse_args
 from pocket.build import retrieval_rate
 
@@ -20,7 +21,7 @@ def test_the_committed_generator_draws_what_it_is_asked_for(tmp_path):
     z = fixed_noise(pipe.latent_shape(), 0, len(prompts))
     images = pipe(prompts, latents=z, output_type="pt").images
     assert images.shape == (96, 3, 64, 64)
-    assert retrieval_rate(load_reward("pocket_heldout"), images, prompts, {"names": captions}) > 0.1
+    assert retrieval_rate(load_reward(RewardSpec("pocket_heldout")), images, prompts, {"names": captions}) > 0.1
 
 
 def test_heldout_prompts_are_new_combinations_of_known_words(tmp_path):

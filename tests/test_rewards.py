@@ -1,6 +1,7 @@
 """Rewards: gradients, sizes, formats, mixes, brakes and mistakes. Whether they are the published ones: test_parity."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from diff_instruct.rewards.loading import load_reward, truncated_prompts
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
-from diff_instruct.rewards.specs import parse_reward
+from diff_instruct.rewards.specs import RewardSpec, split_number
 from diff_instruct.training.arguments import parse_args
-from diff_instruct.training.brakes import validations_since_best, warmed_up
+from diff_instruct.training.reward_scale import RewardDial, validations_since_best
 from tests.parity.reward_inputs import WORDS, random_state
 from tests.parity.reward_ours import tiny_image_reward
 from tests.test_parity import ORACLE
@@ -176,16 +177,41 @@ class Wrap(torch.nn.Module):
 
 @pytest.mark.parametrize(
     "entry, expected",
-    [("clip", ("clip", 1.0)), ("hpsv2.1:0.5", ("hpsv2.1", 0.5)), ("a/b.py:f", ("a/b.py:f", 1.0)),
+    [("clip", ("clip", None)), ("hpsv2.1:0.5", ("hpsv2.1", 0.5)), ("a/b.py:f", ("a/b.py:f", None)),
      ("a/b.py:f:-2", ("a/b.py:f", -2.0))],
 )  # fmt: skip
 def test_reward_entries(entry, expected):
-    assert parse_reward(entry) == expected
+    assert split_number("reward", entry) == expected
 
 
 def test_warm_up():
-    assert [warmed_up(10.0, step, 4) for step in (-1, 0, 1, 3, 4, 9)] == [0.0, 2.5, 5.0, 10.0, 10.0, 10.0]
-    assert warmed_up(10.0, 0, 0) == 10.0
+    assert [RewardDial(10.0, 4).scale(step) for step in (-1, 0, 1, 3, 4, 9)] == [0.0, 2.5, 5.0, 10.0, 10.0, 10.0]
+    assert RewardDial(10.0).scale(0) == 10.0 and not RewardDial(10.0).measuring(0)
+
+
+def test_a_ratio_is_measured_and_then_fixed():
+    """α_rew = ratio · mean ‖divergence‖ / mean ‖∇r‖ of the first finite steps; exact after a resume halfway."""
+    dial, steps = RewardDial(ratio=0.5, ratio_steps=3), [(1.0, 8.0), (math.nan, 1.0), (3.0, 4.0), (2.0, 6.0)]
+    for step, norms in enumerate(steps):
+        assert dial.measuring(step) and dial.scale(step) == 0.0 and not dial.measuring(-1)
+        dial.observe(*norms)
+        fresh = RewardDial(ratio=0.5, ratio_steps=3)
+        fresh.load_state_dict(json.loads(json.dumps(dial.state_dict())))
+        dial = fresh
+    assert dial.scale(4) == dial.reward_scale == 0.5 * 18 / 6 and not dial.measuring(4)
+    with pytest.raises(ValueError, match="the reward had no gradient in 1 steps"):
+        RewardDial(ratio=1.0, ratio_steps=1).observe(0.0, 1.0)
+
+
+def test_a_run_with_a_ratio(tiny_args, tmp_path):
+    """After two steps the reward pulls twice as hard as the divergence did in them; history, summary and card say so."""
+    run([*tiny_args, "--reward_ratio", 2, "--reward_ratio_steps", 2])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "ta_loss" in row]
+    expected = 2 * sum(r["norm_divergence"] for r in rows[:2]) / sum(r["norm_reward"] for r in rows[:2])
+    assert [row["reward_scale"] for row in rows] == pytest.approx([0, 0, expected, expected])
+    assert summary_of(tmp_path / "out")["reward_scale"] == pytest.approx(expected)
+    assert f"reward scale {expected:.4g}" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_validations_since_the_best():
@@ -301,31 +327,31 @@ def test_a_held_out_reward_that_falls_stops_the_run_for_good(tiny_args, function
     ],
 )
 def test_a_function_that_cannot_work_is_named(functions, name, message):
-    with pytest.raises(ValueError, match=f"reward `.*mine.py:{name}`.*{message}|reward.*{message}") as error:
-        load_reward(f"{functions}:{name}")
+    with pytest.raises(ValueError, match=f"reward `.*mine.py:{name}`.*{message}") as error:
+        load_reward(RewardSpec(f"{functions}:{name}"))
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
 def test_a_function_that_is_only_reported_needs_no_gradient(functions):
-    load_reward(f"{functions}:detached", trained=False)
+    load_reward(RewardSpec(f"{functions}:detached"), trained=False)
     assert FunctionReward(f"{functions}:bright")(pictures(2), PROMPTS[:2]).shape == (2,)
 
 
 @pytest.mark.parametrize("name", ["image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic"])
 def test_a_missing_checkpoint_says_where_it_comes_from(name, tmp_path):
     with pytest.raises(ValueError, match="from https://huggingface.co/.*--reward_checkpoint .*=PATH") as error:
-        load_reward(name, cache_dir=tmp_path)
+        load_reward(RewardSpec(name), cache_dir=tmp_path)
     assert "\n" not in str(error.value) and f"`{name}`" in str(error.value)
 
 
 def test_a_checkpoint_that_is_incomplete_or_not_only_tensors(tmp_path, make):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
     torch.save({"blip.visual_encoder.cls_token": torch.zeros(1, 1, 1024)}, tmp_path / "ImageReward.pt")
-    with pytest.raises(ValueError, match="is no such checkpoint: .* of 295 tensors are missing|is no such checkpoint"):
-        load_reward("image_reward", path=tmp_path)
+    with pytest.raises(ValueError, match=r"is no such checkpoint: \d+ of \d+ tensors are missing"):
+        load_reward(RewardSpec("image_reward", checkpoint=tmp_path))
     torch.save({"code": AutoencoderTiny}, tmp_path / "ImageReward.pt")
     with pytest.raises(ValueError, match="holds more than tensors"):
-        load_reward("image_reward", path=tmp_path)
+        load_reward(RewardSpec("image_reward", checkpoint=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -333,15 +359,15 @@ def test_a_checkpoint_that_is_incomplete_or_not_only_tensors(tmp_path, make):
     [
         (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2, hpsv2.1, pickscore"),
         (["--heldout_reward", "beauty"], "unknown reward `beauty`"),
-        (["--reward", "clip:much"], "after the colon comes a number"),
+        (["--reward", "clip:much"], "after the colon comes a finite number"),
         (["--reward", "/nowhere/mine.py:f"], "no such file: /nowhere/mine.py"),
         (["--reward", "pocket", "--heldout_reward", "pocket"], "`pocket` is given twice"),
         (["--reward_checkpoint", "clip"], "write name=value"),
         (["--reward_checkpoint", "clip=/nowhere"], "no such file or folder"),
         (["--reward_cap", "clip=2"], "`clip` is not in --reward"),
-        (["--reward_cap", "pocket=high"], "the cap must be a number"),
+        (["--reward_cap", "pocket=high"], "the cap must be a finite number"),
         (["--heldout_patience", "2", "--validation_steps", "0"], "--validation_steps to judge it at"),
-        (["--reward_warmup_steps", "-1"], "must not be negative"),
+        (["--reward_warmup_steps", "-1"], "must be a whole number of at least 0"),
     ],
 )
 def test_arguments_that_cannot_work(tiny_args, options, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, model_info
 from huggingface_hub.errors import HfHubHTTPError
 
-from diff_instruct.training.papers import bibtex, method
+from diff_instruct.training.methods import METHODS, method_of
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -62,7 +62,7 @@ def label(figure, summary):
         return "diversity"
     if kind == "heldout":
         return f"{name or summary['arguments']['heldout_reward'].split()[0]} (not trained)"
-    if not float(summary["arguments"]["reward_scale"]):
+    if not summary["reward_scale"]:
         return f"{name or summary['arguments']['reward']} (not trained: reward scale 0)"
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
@@ -84,8 +84,8 @@ def write_card(args, pipe, summary, family, prompt, license):
         name=Path(args.output_dir).resolve().name,
         repo=args.hub_model_id or Path(args.output_dir).name,
         base=base if on_hub else f"the local pipeline `{Path(base).name}`",
-        method=method(args),
-        citations="\n\n".join(bibtex(name) for name in dict.fromkeys(["Diff-Instruct++", method(args)])),
+        method=method_of(args).name,
+        citations="\n\n".join(method.bibtex for method in dict.fromkeys([METHODS["di++"], method_of(args)])),
         timesteps=pipe.timesteps,
         stock_call=stock_call(family, pipe, prompt),
         stock_class=stock_class.__name__,
@@ -95,7 +95,7 @@ def write_card(args, pipe, summary, family, prompt, license):
         pretrain_steps=args.pretrain_steps,
         align_steps=args.max_train_steps,
         reward=summary["arguments"]["reward"],
-        reward_scale=args.reward_scale,
+        reward_scale=summary["reward_scale"],
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
         license=license,

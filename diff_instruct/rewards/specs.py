@@ -1,40 +1,148 @@
-"""What `--reward` and its kin say, and the mistakes that show before anything loads."""
+"""What `--reward` and its kin say, and the mistakes that show before anything loads. Imports no networks."""
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 from diff_instruct.mistake import Mistake
 
 
-def parse_reward(entry):
-    """(spec, weight) of `name[:weight]` or `path/to/file.py:function[:weight]`.
+NAMES = ("image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic", "pocket", "pocket_heldout")
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A reward as the command line says it; it exists, and so does its checkpoint if it names one.
+
+    Args:
+        name: one of `NAMES`, or a user's own as `path/to/file.py:function`.
+        weight: its factor in the mix, in the published unit of its score.
+        cap: the score, in that unit, above which it is not pursued any further; None: everywhere.
+        checkpoint: local file or folder instead of the Hub's.
 
     Raises:
-        Mistake: for a weight that is no number.
+        Mistake: for a reward that is not known, a file that is not there, a weight or cap that is no finite number.
     """
-    file, is_file, rest = entry.partition(".py:")
-    name, has_weight, weight = (rest if is_file else entry).partition(":")
-    spec = f"{file}.py:{name}" if is_file else name
-    try:
-        weight = float(weight) if has_weight else 1.0
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise Mistake(f"--reward {entry}: after the colon comes a number, as in image_reward:0.5")
-    return spec, weight
+
+    name: str
+    weight: float = 1.0
+    cap: float | None = None
+    checkpoint: str | None = None
+
+    def __post_init__(self):
+        if self.file is not None and not Path(self.file).is_file():
+            raise Mistake(f"reward `{self.name}`: no such file: {self.file}")
+        if self.file is not None and not self.label.isidentifier():
+            raise Mistake(f"reward `{self.name}`: after {self.file}: comes the name of a function")
+        if self.file is None and self.name not in NAMES:
+            known = f"known are {', '.join(NAMES)}, or your own as path/to/file.py:function"
+            raise Mistake(f"unknown reward `{self.name}`; {known}")
+        if self.checkpoint is not None and not Path(self.checkpoint).exists():
+            raise Mistake(f"--reward_checkpoint {self.name}={self.checkpoint}: no such file or folder")
+
+    @property
+    def file(self):
+        """The Python file of a user's own reward, else None."""
+        file, is_file, _ = self.name.rpartition(".py:")
+        return f"{file}.py" if is_file else None
+
+    @property
+    def label(self):
+        """What logs call it: its name, or the function's."""
+        return self.name.rpartition(":")[2]
 
 
-def short_name(spec):
-    """What logs call a reward: its name, or the function's."""
-    return spec.rpartition(":")[2]
+def read_rewards(args):
+    """(trained, held out), a tuple of [`RewardSpec`] each, of the training script's `--reward`, `--reward_cap`,
+    `--heldout_reward` and `--reward_checkpoint`.
+
+    Raises:
+        Mistake: see `RewardSpec`; or for one name twice, caps of what is not trained, entries that cannot be read.
+    """
+    checkpoints = read_checkpoints(args.reward_checkpoint)
+    weights = [split_number("reward", entry) for entry in args.reward]
+    labels = [name.rpartition(":")[2] for name, _ in weights]
+    caps = {}
+    for label, value in split_pairs("reward_cap", args.reward_cap).items():
+        if label not in labels:
+            raise Mistake(f"--reward_cap: `{label}` is not in --reward")
+        caps[label] = finite(value)
+        if caps[label] is None:
+            raise Mistake(f"--reward_cap {label}={value}: the cap must be a finite number")
+    trained = tuple(
+        RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name))
+        for (name, weight), label in zip(weights, labels)
+    )
+    heldout = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in args.heldout_reward or [])
+    check_labels([*trained, *heldout])
+    return trained, heldout
 
 
-def parse_pairs(flag, entries):
+def read_scorers(names, reward_checkpoint):
+    """A tuple of [`RewardSpec`], of the evaluation script's `--rewards` and `--reward_checkpoint`. Raises as
+    `read_rewards`."""
+    checkpoints = read_checkpoints(reward_checkpoint)
+    scorers = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in names)
+    check_labels(scorers)
+    return scorers
+
+
+def check_labels(specs):
+    """Raises Mistake for two rewards that logs would call the same."""
+    labels = [spec.label for spec in specs]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise Mistake(f"reward `{twice[0]}` is given twice; all that are trained, held out or reported must differ")
+
+
+def read_checkpoints(entries):
+    """`dict` of reward to path, of `--reward_checkpoint`; those of rewards that are not used are checked, too.
+
+    Raises:
+        Mistake: for an unknown reward, or a path that is not there.
+    """
+    checkpoints = split_pairs("reward_checkpoint", entries)
+    for name, path in checkpoints.items():
+        if name not in NAMES:
+            raise Mistake(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(NAMES)}")
+        RewardSpec(name, checkpoint=path)
+    return checkpoints
+
+
+def split_number(flag, entry):
+    """(name, number) of `name[:number]` or `path/to/file.py:function[:number]`; None for a number that is not given.
+
+    Raises:
+        Mistake: for a number that is none, or not finite.
+    """
+    file, is_file, rest = entry.rpartition(".py:")
+    name, has_number, number = rest.partition(":")
+    if has_number and finite(number) is None:
+        raise Mistake(f"--{flag} {entry}: after the colon comes a finite number, as in {name or 'image_reward'}:0.5")
+    return file + is_file + name, finite(number) if has_number else None
+
+
+def split_pairs(flag, entries):
     """`dict` of `name=value` entries.
 
     Raises:
-        Mistake: for an entry without an equals sign.
+        Mistake: for an entry without an equals sign, or a name that is given twice.
     """
+    pairs = {}
     for entry in entries or []:
-        if "=" not in entry:
+        name, has_value, value = entry.partition("=")
+        if not (name and has_value and value):
             raise Mistake(f"--{flag} {entry}: write name=value")
-    return dict(entry.split("=", 1) for entry in entries or [])
+        if name in pairs:
+            raise Mistake(f"--{flag}: `{name}` is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def finite(word):
+    """The finite number that a word says, else None."""
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

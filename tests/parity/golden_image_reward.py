@@ -20,7 +20,7 @@ from PIL import Image
 
 from diff_instruct.rewards.image_reward import FILE, REPO
 from diff_instruct.rewards.loading import load_reward
-from diff_instruct.rewards.specs import parse_pairs
+from diff_instruct.rewards.specs import RewardSpec, split_pairs
 
 
 PICTURES = (
@@ -73,7 +73,7 @@ def compare(images, checkpoint):
         pixels = [read_picture(Path(images) / name) for name in GOLDEN]
     if checkpoint is None:
         check_hub()
-    reward = load_reward("image_reward", path=checkpoint, trained=False)
+    reward = load_reward(RewardSpec("image_reward", checkpoint=checkpoint), trained=False)
     with torch.no_grad():
         scores = [reward(p, [PROMPT]).item() for p in pixels]
     print("| picture | published | here | difference |\n|---|---|---|---|")
@@ -90,7 +90,7 @@ def main():
     )
     args = parser.parse_args()
     try:
-        good = compare(args.images, parse_pairs("reward_checkpoint", args.reward_checkpoint).get("image_reward"))
+        good = compare(args.images, split_pairs("reward_checkpoint", args.reward_checkpoint).get("image_reward"))
     except ValueError as error:
         sys.exit(f"error: {error}")
     print("the published scores" if good else f"NOT the published scores: more than {TOLERANCE} apart")

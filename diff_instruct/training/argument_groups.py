@@ -1,0 +1,279 @@
+"""The arguments of `train_diff_instruct_pp.py` by group, each with its range.
+
+The defaults are those for real models (the paper's, where it gives them).
+"""
+
+from argparse import BooleanOptionalAction
+
+from diffusers.optimization import SchedulerType
+
+from diff_instruct.command_line import (
+    decay,
+    fraction,
+    natural,
+    non_negative,
+    positive,
+    positive_int,
+    seed,
+    text,
+    whole,
+)
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.objectives import DISTANCES, WEIGHTINGS
+from diff_instruct.rewards.specs import NAMES
+from diff_instruct.training.methods import METHODS
+
+
+MAX_STEPS = 4  # of the generator; DMD2's and DIDR's best models use up to so many
+SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules in code
+
+
+def add_model_arguments(parser):
+    g = parser.add_argument_group("models")
+    g.add_argument(
+        "--pretrained_model_name_or_path", type=text, help="the reference: Hub id or folder of a diffusers pipeline"
+    )
+    g.add_argument(
+        "--pretrained_generator_name_or_path",
+        type=text,
+        help="one-step model to start from: a pipeline or its network alone (Hub id or folder), or one .safetensors "
+        "or .bin file (on the Hub: owner/name/file); without it the generator starts as the reference",
+    )
+    g.add_argument("--revision", type=text, help="revision of the reference on the Hub")
+    g.add_argument("--variant", type=text, help="variant of the reference's files, for example fp16")
+    g.add_argument("--cache_dir", type=text, help="where downloads are kept")
+    g.add_argument(
+        "--timestep",
+        type=natural,
+        nargs="+",
+        help="t*, where the generator is evaluated; default: the generator's own; if it starts as the reference: "
+        f"{', '.join(f'{f.timestep} ({name})' for name, f in FAMILIES.items())}; or one for each step, descending",
+    )
+    g.add_argument(
+        "--generator_steps", type=whole(1, MAX_STEPS),
+        help=f"n, evaluations for an image, at most {MAX_STEPS}; default: as many as --timestep or the generator's "
+        "config names, which is 1 if neither names several; from a single t* they are at t* (n − k)/n, k = 0..n − 1",
+    )  # fmt: skip
+    g.add_argument(
+        "--input_noise", choices=["unit", "scaled"],
+        help="what enters at t*: z, or σ_t z (SIM, SiD-LSG); default: the generator's own, else unit",
+    )  # fmt: skip
+    g.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        type=text,
+        help="another VAE with the same latents, for example one that is stable in half precision",
+    )
+    g.add_argument("--resolution", type=positive_int, help="pixels of an image's side; default: the reference's")
+
+
+def add_prompt_arguments(parser):
+    g = parser.add_argument_group("prompts")
+    g.add_argument("--dataset_name", type=text, help="Hub id of a dataset with prompts; it is streamed")
+    g.add_argument("--dataset_config_name", type=text, help="configuration of that dataset")
+    g.add_argument("--dataset_split", type=text, default="train", help="split of that dataset")
+    g.add_argument(
+        "--train_prompts", type=text, help="instead: a .txt .csv .tsv .jsonl .json .parquet file, or a folder of them"
+    )
+    g.add_argument("--caption_column", type=text, help="column with the prompts; may be left out if there is only one")
+    g.add_argument("--max_train_samples", type=positive_int, help="use only the first so many prompts")
+    g.add_argument(
+        "--shuffle_buffer_size", type=positive_int, default=10_000, help="prompts among which the stream is shuffled"
+    )
+    g.add_argument(
+        "--eval_prompts",
+        type=text,
+        help="file of prompts to judge with; default: every 20th training prompt is held out",
+    )
+    g.add_argument("--prompt_cache", type=text, help="folder that keeps the prompts' embeddings, also for later runs")
+    g.add_argument(
+        "--offload_text_encoder",
+        action="store_true",
+        help="text encoders on the CPU but for the encoding of new prompts",
+    )
+    g.add_argument("--num_eval_prompts", type=positive_int, default=64, help="how many prompts are judged, at most")
+    g.add_argument("--num_eval_images", type=whole(2), default=4, help="images (seeds) for each of them; at least 2")
+    g.add_argument(
+        "--validation_prompts", type=text, nargs="+", help="prompts to draw; default: the first few eval prompts"
+    )
+    g.add_argument(
+        "--num_validation_prompts",
+        type=positive_int,
+        default=8,
+        help="how many of those to draw",
+    )
+    g.add_argument(
+        "--validation_steps", type=natural, default=100, help="draw and judge every so many steps; 0: never"
+    )
+
+
+def add_algorithm_arguments(parser):
+    g = parser.add_argument_group("Algorithm 1")
+    g.add_argument(
+        "--preset",
+        choices=list(METHODS),
+        help="a method of the family, as defaults of the arguments below (quote 'di*')",
+    )
+    g.add_argument("--pretrain_steps", type=natural, default=0, help="generator steps of distillation, without reward")
+    g.add_argument(
+        "--pretrain_cfg_scale",
+        type=non_negative,
+        default=1.5,
+        help="guidance α_cfg of the reference while pretraining",
+    )
+    g.add_argument("--max_train_steps", type=natural, default=1000, help="generator steps of alignment")
+    g.add_argument("--reward_scale", type=non_negative, default=10.0, help="α_rew; the paper's: 0, 1, 10")
+    g.add_argument(
+        "--reward_ratio", type=positive,
+        help="instead: α_rew such that the reward pulls so many times as hard as the divergence, as measured over the "
+        "first --reward_ratio_steps steps of alignment, in which it is 0",
+    )  # fmt: skip
+    g.add_argument("--reward_ratio_steps", type=positive_int, default=10, help="steps that --reward_ratio measures")
+    g.add_argument(
+        "--cfg_scale", type=non_negative, default=4.5,
+        help="α_cfg, guidance of the reference as uncond + α (cond − uncond): 1 is none; the paper's: 1, 4.5",
+    )  # fmt: skip
+    g.add_argument(
+        "--divergence", choices=["ikl", "score"], default="ikl",
+        help="from the reference: the integral KL (DI, DI++, DIDR) or a distance of scores (SIM, DI*), which takes "
+        "gradients through both networks: more memory and time",
+    )  # fmt: skip
+    g.add_argument("--score_distance", choices=DISTANCES, default="pseudo_huber", help="d(y) of --divergence score")
+    g.add_argument(
+        "--huber_c", type=positive, default=0.01, help="c/√d of the pseudo-Huber distance sqrt(‖y‖² + c²) − c"
+    )
+    g.add_argument(
+        "--score_guidance", choices=["inside", "outside"], default="inside",
+        help="--cfg_scale within the distance of scores, or beside it as the implicit reward that it is in the IKL",
+    )  # fmt: skip
+    g.add_argument(
+        "--reward_mode", choices=["clean", "diffused"], default="clean",
+        help="reward of the generated image, or (DIDR) of what the reference makes of it from every noise level; then "
+        "--reward_scale is the exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
+    )  # fmt: skip
+    g.add_argument(
+        "--diffused_reward_steps", type=positive_int, default=1, help="k, denoising steps of --reward_mode diffused"
+    )
+    g.add_argument(
+        "--ta_steps",
+        type=positive_int,
+        default=1,
+        help="K_TA, steps of the teaching assistant for one of the generator",
+    )
+    g.add_argument(
+        "--ta_warmup_steps", type=natural, default=0, help="steps of the teaching assistant before the first one"
+    )
+    g.add_argument("--weighting", choices=WEIGHTINGS, default="dmd", help="w(t) of the integral KL")
+    g.add_argument(
+        "--min_timestep", type=fraction, default=0.02, help="π(t) starts here, as a fraction of the schedule"
+    )
+    g.add_argument("--max_timestep", type=fraction, default=0.98, help="π(t) ends here, as a fraction of the schedule")
+
+
+def add_reward_arguments(parser):
+    g = parser.add_argument_group("reward")
+    g.add_argument(
+        "--reward", type=text, nargs="+", default=["image_reward"], metavar="NAME[:WEIGHT]",
+        help=f"r(x, c), the weighted sum of: {', '.join(NAMES)}, or your own as path/to/file.py:function",
+    )  # fmt: skip
+    g.add_argument(
+        "--heldout_reward",
+        type=text,
+        nargs="+",
+        metavar="NAME",
+        help="scorers that are only reported, never trained on",
+    )
+    g.add_argument(
+        "--reward_checkpoint",
+        type=text,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="local files or folders, instead of the Hub's",
+    )
+    g.add_argument("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="of the rewards' networks")
+    g.add_argument(
+        "--reward_batch_size", type=positive_int, help="images decoded and scored at a time; default: the whole batch"
+    )
+    g.add_argument(
+        "--reward_decoder",
+        type=text,
+        help="Hub id or folder of an AutoencoderTiny (TAESD) to decode with, instead of the VAE",
+    )
+    g.add_argument(
+        "--reward_warmup_steps", type=natural, default=0, help="α_rew rises from 0 over so many steps of alignment"
+    )
+    g.add_argument(
+        "--reward_cap",
+        type=text,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="a reward above this value is not pursued any further",
+    )
+    g.add_argument(
+        "--heldout_patience", type=natural, default=0,
+        help="stop when the first held-out reward was below its best in so many validations in a row; 0: never",
+    )  # fmt: skip
+
+
+def add_optimization_arguments(parser):
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--train_batch_size", type=positive_int, default=16, help="images per process and forward pass")
+    g.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step"
+    )
+    g.add_argument("--learning_rate", type=positive, default=5e-6, help="of the generator")
+    g.add_argument("--ta_learning_rate", type=positive, help="of the teaching assistant; default: as the generator")
+    g.add_argument("--lora_rank", type=natural, default=0, help="train the generator as LoRA; 0: all of it")
+    g.add_argument("--lora_alpha", type=positive, help="LoRA scale of the generator; default: the rank")
+    g.add_argument(
+        "--ta_lora_rank", type=natural, default=0, help="train the TA as LoRA on the reference; 0: a full copy"
+    )
+    g.add_argument("--ta_lora_alpha", type=positive, help="LoRA scale; default: the rank")
+    g.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant", help="of diffusers")
+    g.add_argument("--lr_warmup_steps", type=natural, default=0)
+    g.add_argument("--adam_beta1", type=decay, default=0.0)
+    g.add_argument("--adam_beta2", type=decay, default=0.999)
+    g.add_argument("--adam_weight_decay", type=non_negative, default=0.0)
+    g.add_argument("--adam_epsilon", type=positive, default=1e-8)
+    g.add_argument("--max_grad_norm", type=positive, default=10.0)
+    g.add_argument(
+        "--use_ema", action=BooleanOptionalAction, default=True, help="judge and export an average of the generator"
+    )
+    g.add_argument("--ema_decay", type=decay, default=0.95, help="of the average, per step, while aligning")
+    g.add_argument(
+        "--ema_halflife", type=positive, default=50_000, help="of the average, in images, while pretraining"
+    )
+    g.add_argument(
+        "--ema_rampup_ratio", type=positive, default=0.05, help="the half-life is at most this part of the images seen"
+    )
+    g.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory, more time; also in the VAE's decoder"
+    )
+    g.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what accelerate is configured for")
+    g.add_argument("--use_8bit_adam", action="store_true", help="optimizers of bitsandbytes: a quarter of the memory")
+    g.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (UNets)"
+    )
+    g.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and newer")
+
+
+def add_output_arguments(parser):
+    g = parser.add_argument_group("output")
+    g.add_argument("--dry_run", action="store_true", help="check, print the memory that each actor needs, and stop")
+    g.add_argument(
+        "--output_dir", type=text, default="diff-instruct-pp", help="the exported pipeline, checkpoints and logs"
+    )
+    g.add_argument(
+        "--overwrite_output_dir", action="store_true", help="start anew in a folder with a finished run or checkpoints"
+    )
+    g.add_argument("--seed", type=seed, default=0, help="of every random number of the run")
+    g.add_argument("--checkpointing_steps", type=natural, default=500, help="checkpoint every so many steps; 0: never")
+    g.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only so many")
+    g.add_argument("--resume_from_checkpoint", type=text, help='a checkpoint, or "latest"')
+    g.add_argument("--logging_steps", type=positive_int, default=10, help="log figures every so many steps")
+    g.add_argument("--logging_dir", type=text, default="logs", help="tracker logs, inside --output_dir")
+    g.add_argument("--report_to", type=text, default="tensorboard", help="tensorboard, wandb, trackio, all or none")
+    g.add_argument("--tracker_project_name", type=text, default="diff-instruct-pp")
+    g.add_argument("--push_to_hub", action="store_true", help="upload the exported pipeline")
+    g.add_argument("--hub_private_repo", action="store_true", help="create that repository as a private one")
+    g.add_argument("--hub_model_id", type=text, help="repository to upload to; default: the name of --output_dir")
+    g.add_argument("--hub_token", type=text, help="token for the Hub; default: the one you logged in with")
