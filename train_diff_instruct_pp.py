@@ -36,7 +36,7 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import load_prompts, prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
@@ -174,11 +174,15 @@ def main(args):
     psi = Trained(
         accelerator, args, "teaching assistant", ta, ta_rate, warmup + args.ta_steps * total, args.ta_steps * rising
     )
-    encode = Conditioning(pipe.encode_prompt, device)
+    encode = make_conditioning(args, pipe, device)
     stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
     place = accelerator.process_index, processes, device
     sampler = Sampler(stream, latent_shape, args.train_batch_size, args.seed, *place, steps=len(pipe.timesteps))
     images_per_step = args.train_batch_size * accumulation * processes
+    if args.prompt_cache:
+        most = images_per_step * (warmup + (args.ta_steps + 1) * total)
+        others = ["", *eval_prompts, *validation_prompts]
+        fill_cache(args, encode, train_prompts, others, most, accelerator.process_index, processes)
     null = models.family.null(actors.stock, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
 
@@ -286,7 +290,7 @@ def main(args):
     if is_main:
         before = load_file(before_file)
         size = [n * models.grid.factor for n in latent_shape[1:]]
-        with ref.act():
+        with ref.act(), encode.encoding():
             drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
         titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
         sheet = image_grid([drawn, before.pop("pictures"), pictures], titles, validation_prompts)

@@ -17,6 +17,8 @@ from diff_instruct.prompts import cache as module
 from diff_instruct.prompts.cache import PromptCache, encode_ahead, encoder_key
 from diff_instruct.prompts.conditioning import Conditioning, Memory, nbytes, on_device
 from diff_instruct.training.arguments import parse_args
+from pipeline_one_step import OneStepPipeline
+from tests.runs import run, same, weights
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_tokenizer
 
 
@@ -37,10 +39,6 @@ class Encoder:
                 length = min(len(prompt) + 1, 8)
                 rows[-1]["encoder_attention_mask"] = (torch.arange(8) < length).to(self.mask)
         return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 @pytest.mark.parametrize("mask", [torch.int64, torch.bool, torch.float32, None])
@@ -296,3 +294,19 @@ def test_bytes_a_prompt(tmp_path):
 def test_the_flags(tmp_path):
     args = parse_args(["--prompt_cache", "cache", "--offload_text_encoder", "--output_dir", str(tmp_path)])
     assert args.prompt_cache == "cache" and args.offload_text_encoder
+
+
+def test_a_run_with_a_cache_encodes_nothing_twice(tiny_args, tmp_path, monkeypatch):
+    """All prompts before the first step; a second run finds them; and the weights are those without a cache."""
+    calls, encode = [], OneStepPipeline.encode_prompt
+    monkeypatch.setattr(OneStepPipeline, "encode_prompt", lambda self, p: (calls.extend(p), encode(self, p))[1])
+    run([*tiny_args, "--output_dir", tmp_path / "plain"])
+    for name, options in (
+        ("first", ["--prompt_cache", tmp_path / "cache"]),
+        ("second", ["--prompt_cache", tmp_path / "cache"]),
+        ("offloaded", ["--offload_text_encoder"]),
+    ):
+        calls.clear()
+        run([*tiny_args, *options, "--output_dir", tmp_path / name])
+        assert same(weights(tmp_path / "plain"), weights(tmp_path / name))
+        assert len(calls) == len(set(calls)) and bool(calls) == (name != "second")

@@ -204,7 +204,7 @@ def test_a_ratio_is_measured_and_then_fixed():
 
 
 def test_a_run_with_a_ratio(tiny_args, tmp_path):
-    """After two steps the reward pulls twice as hard as the divergence did in them; history, summary and card say so."""
+    """After two steps the reward pulls twice as hard as the divergence did in them; history, summary, card say so."""
     run([*tiny_args, "--reward_ratio", 2, "--reward_ratio_steps", 2])
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ta_loss" in row]

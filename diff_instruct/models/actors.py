@@ -3,6 +3,7 @@
 import copy
 from typing import NamedTuple
 
+import torch
 from diffusers import DiffusionPipeline
 
 from diff_instruct.models.denoiser import Denoiser
@@ -44,7 +45,10 @@ def load_actors(models, device, dtype, autocast, args):
         network.to(device)
     if args.gradient_checkpointing:
         stock.vae.enable_gradient_checkpointing()
-    stock.to(device)
+    waiting = args.prompt_cache or args.offload_text_encoder  # until there are prompts to encode
+    for name, part in stock.components.items():
+        if isinstance(part, torch.nn.Module) and not (waiting and name.startswith("text_encoder")):
+            part.to(device)
     pipe.denoiser.train()
     ta.train()
     return Actors(
