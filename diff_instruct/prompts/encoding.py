@@ -9,7 +9,7 @@ from diff_instruct.prompts.stream import PromptStream
 
 
 def make_conditioning(args, pipe, device):
-    """The [`Conditioning`] of a run, in memory or in files; with either flag, text encoders come for new prompts only."""
+    """The [`Conditioning`] of a run, in memory or in files; with either flag encoders come for new prompts only."""
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     encoding, store = nullcontext, None
     if args.prompt_cache or args.offload_text_encoder:
