@@ -48,6 +48,7 @@ from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import Averages, History, Speed, log_images
 from diff_instruct.training.optimizer import Trained
+from diff_instruct.training.output_folder import prepare_output_dir
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
 
 
@@ -203,6 +204,8 @@ def main(args):
         accelerator.print(f"Resumed at step {first_step} from {checkpoint}.")
 
     # 5. The generator before, on fixed prompts and seeds that are never trained on.
+    if is_main:
+        prepare_output_dir(args)
     history = History(args.output_dir, first_step if checkpoint else None) if is_main else None
     if args.report_to != "none":
         accelerator.init_trackers(args.tracker_project_name, config=trackable(args))

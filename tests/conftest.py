@@ -7,8 +7,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from diff_instruct.rewards import loading as rewards
-from tests.tiny import PROMPTS, tiny_pixart, tiny_scorer  # noqa: E402
+from tests.tiny import PROMPTS, tiny_checkpoints, tiny_pixart, tiny_scorer  # noqa: E402
 
 
 torch.set_num_threads(1)  # tiny networks are faster so
@@ -39,14 +38,14 @@ def fresh_accelerator(monkeypatch):
 
 
 @pytest.fixture
-def tiny_args(tmp_path, tiny_model, tiny_pocket, monkeypatch):
+def tiny_args(tmp_path, tiny_model, tiny_pocket):
     """Arguments of a run of a few steps on the tiny model; more can be appended."""
-    monkeypatch.setattr(rewards, "POCKET", tiny_pocket)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     return [
         "--pretrained_model_name_or_path", tiny_model, "--train_prompts", str(prompts), "--eval_prompts", str(prompts),
         "--reward", "pocket", "--heldout_reward", "pocket_heldout", "--output_dir", str(tmp_path / "out"),
+        "--reward_checkpoint", *tiny_checkpoints(tiny_pocket),
         "--train_batch_size", "2", "--max_train_steps", "4", "--num_eval_images", "2", "--num_eval_prompts", "3",
         "--learning_rate", "1e-3", "--logging_steps", "1", "--validation_steps", "2", "--checkpointing_steps", "2",
     ]  # fmt: skip

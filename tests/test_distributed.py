@@ -4,21 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import train_diff_instruct_pp as script
 from diff_instruct.training.arguments import parse_args
 from tests.runs import weights
 from tests.tiny import PROMPTS
-from train_diff_instruct_pp import main
 
 
-def launch(pocket, arguments):
+def launch(arguments):
     """As `accelerate launch --multi_gpu` does, on the CPU: `accelerate launch --cpu` needs MPI for two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).with_name("launch_tiny.py")), str(pocket), *map(str, arguments)]
+    command += [script.__file__, *map(str, arguments)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -33,15 +32,15 @@ def launch(pocket, arguments):
         ["--generator_steps", 3, "--preset", "didr"],
     ],
 )
-def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tiny_pocket, tmp_path, options):
+def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tmp_path, options):
     """The same weights and the same evaluation; and a checkpoint of two processes is continued by two."""
     prompts = tmp_path / "many.txt"
     prompts.write_text("\n".join(f"{p} {w}" for p in PROMPTS for w in ("red", "blue", "green", "moon", "fire", "cat")))
     common = [*tiny_args, "--train_prompts", prompts, "--max_train_steps", 3, "--adam_epsilon", 1e-3]
     common += ["--checkpointing_steps", 2, *options]
-    main(parse_args([str(a) for a in [*common, "--train_batch_size", 4, "--output_dir", tmp_path / "one"]]))
+    script.main(parse_args([str(a) for a in [*common, "--train_batch_size", 4, "--output_dir", tmp_path / "one"]]))
     two = [*common, "--train_batch_size", 2, "--output_dir", tmp_path / "two"]
-    launch(tiny_pocket, two)
+    launch(two)
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in one:
         torch.testing.assert_close(one[key], both[key], atol=2e-6, rtol=1e-4)
@@ -49,6 +48,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tiny_pocket, tm
     for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
         assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-4)
 
-    launch(tiny_pocket, [*two, "--resume_from_checkpoint", "latest"])
+    launch([*two, "--resume_from_checkpoint", "latest"])
     again = weights(tmp_path / "two")
     assert all(torch.equal(both[key], again[key]) for key in both)

@@ -28,12 +28,11 @@ from diff_instruct.evaluation.store import Batches, fingerprint, remember
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.prompts.conditioning import Conditioning
-from diff_instruct.rewards import loading as rewards
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_scorers
 from pipeline_one_step import OneStepPipeline
-from tests.tiny import PROMPTS, tiny_sdxl
+from tests.tiny import PROMPTS, tiny_checkpoints, tiny_sdxl
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,13 +54,13 @@ def export(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def options(tmp_path, tiny_model, tiny_pocket, export, monkeypatch):
+def options(tmp_path, tiny_model, tiny_pocket, export):
     """Arguments that compare an export with the reference; more can be appended."""
-    monkeypatch.setattr(rewards, "POCKET", tiny_pocket)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return [
         "--models", f"mine={export}", f"reference={tiny_model},steps=3,guidance=2",
         "--prompts", tmp_path / "prompts.txt", "--rewards", "pocket_heldout", "pocket",
+        "--reward_checkpoint", *tiny_checkpoints(tiny_pocket),
         "--num_images", 2, "--batch_size", 4, "--grid_prompts", 3, "--output_dir", tmp_path / "out",
     ]  # fmt: skip
 
@@ -108,12 +107,12 @@ def sha256sum(file):
     return subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def test_figures_are_those_of_the_training_script_s_evaluation(options, export, tiny_pocket, monkeypatch):
+def test_figures_are_those_of_the_training_script_s_evaluation(options, export, tiny_pocket):
     result = run(options)["models"]["mine"]["figures"]
     pipe = OneStepPipeline(
         **{**dict.fromkeys(OneStepPipeline._optional_components), **loaded(export).components}, timestep=400
     )
-    scorers = load_scorers(read_scorers(["pocket", "pocket_heldout"], None), "cpu")
+    scorers = load_scorers(read_scorers(["pocket", "pocket_heldout"], tiny_checkpoints(tiny_pocket)), "cpu")
     mix = Mix({"pocket": scorers.pop("pocket")}, {"pocket": 1.0})
     encode = Conditioning(pipe.encode_prompt, "cpu")
     scores = evaluate(
@@ -255,12 +254,10 @@ def test_a_killed_run_goes_on_with_the_same_figures(options, tmp_path, monkeypat
     assert timeless(run(options)) == timeless(whole)  # nothing is left to do: only the tables are made
 
 
-def test_two_processes_give_the_figures_of_one(options, tiny_pocket, tmp_path):
-    checkpoints = [f"pocket={tiny_pocket / 'scorer'}", f"pocket_heldout={tiny_pocket / 'scorer_heldout'}"]
-    common = [*options, "--reward_checkpoint", *checkpoints]
-    one = run(common, tmp_path / "one")
+def test_two_processes_give_the_figures_of_one(options, tmp_path):
+    one = run(options, tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [ROOT / "evaluate_one_step.py", *common, "--output_dir", tmp_path / "two"]
+    command += [ROOT / "evaluate_one_step.py", *options, "--output_dir", tmp_path / "two"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

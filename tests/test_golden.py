@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.parity import golden_image_reward as golden
+from tests.parity.reward_inputs import ORACLE
 from tests.parity.reward_ours import load_saved
-from tests.test_parity import ORACLE
 
 
 @pytest.fixture

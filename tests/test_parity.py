@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.parity.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of
+from tests.parity.reward_inputs import CONFIGS, ORACLE, PROMPTS, SIZES, bytes_of
 from tests.parity.reward_ours import BAR, differences, load_saved
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ORACLE = ROOT / "tests" / "oracle"
 
 
 @pytest.mark.parametrize("case", [case for case in CONFIGS if case.endswith("tiny")])

@@ -137,6 +137,8 @@ def test_t_star_must_be_in_the_schedule(pipe, timestep):
 
 def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, monkeypatch, capsys):
     """At the boundary of huggingface_hub: what is uploaded loads, has its card, and holds no checkpoint or token."""
+    from huggingface_hub import get_token
+
     from diff_instruct.export import export
     from train_diff_instruct_pp import main
 
@@ -154,9 +156,13 @@ def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, 
 
     monkeypatch.setattr(export, "upload_folder", upload_folder)
     monkeypatch.setattr(export, "create_repo", lambda repo_id, **_: type("Repo", (), {"repo_id": f"me/{repo_id}"}))
-    monkeypatch.setattr(sys, "argv", ["train", "--hub_token", "hf_secret"])
-    main(parse_args([*tiny_args, "--push_to_hub", "--hub_model_id", "apples", "--hub_token", "hf_secret"]))
-    assert uploaded == {"repo_id": "me/apples", "token": "hf_secret"}
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    words = [*tiny_args, "--hub_token", "hf_secret", "--push_to_hub", "--hub_model_id", "apples"]
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    args = parse_args()
+    assert get_token() == "hf_secret" and "hf_secret" not in f"{args}{sys.argv}" and sys.argv[-1] == "apples"
+    main(args)
+    assert uploaded == {"repo_id": "me/apples", "token": None}  # so huggingface_hub takes HF_TOKEN
     hub = tmp_path / "hub"
     names = {p.name for p in hub.rglob("*")}
     assert {"model_index.json", "pipeline_one_step.py", "README.md", "samples.png", "training_summary.json"} <= names

@@ -21,9 +21,8 @@ from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.rewards.specs import RewardSpec, split_number
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
-from tests.parity.reward_inputs import WORDS, random_state
+from tests.parity.reward_inputs import ORACLE, WORDS, random_state
 from tests.parity.reward_ours import tiny_image_reward
-from tests.test_parity import ORACLE
 from tests.tiny import PROMPTS, tiny_tokenizer
 
 

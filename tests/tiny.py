@@ -140,3 +140,8 @@ def tiny_scorer(folder, seed=1):
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "reward.json").write_text(json.dumps({"mean": 0.0, "std": 0.1}))
+
+
+def tiny_checkpoints(folder):
+    """Entries of `--reward_checkpoint` that put the two scorers of the fixture `tiny_pocket` in the pocket's place."""
+    return [f"pocket={folder / 'scorer'}", f"pocket_heldout={folder / 'scorer_heldout'}"]

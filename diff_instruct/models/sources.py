@@ -1,5 +1,6 @@
 """Where models are from, and what can be known of them without their weights: family, t*, sizes, mistakes."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from diff_instruct.mistake import Mistake
@@ -313,8 +314,16 @@ def check_generator(source, denoiser, network, timestep, generator_steps, input_
 
 
 def weight_shapes(file):
-    """Names and shapes of the weights in a .safetensors or .bin file."""
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    return {k: tuple(v.shape) for k, v in torch.load(file, map_location="meta", weights_only=True).items()}
+    """Names and shapes of the weights in a .safetensors or .bin file.
+
+    Raises:
+        Mistake: if it is damaged, or a pickle that holds more than tensors.
+    """
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as f:
+                return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        return {k: tuple(v.shape) for k, v in torch.load(file, map_location="meta", weights_only=True).items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise Mistake(f"{file} is damaged or holds more than named tensors ({reason})") from None

@@ -61,11 +61,18 @@ class FunctionReward(torch.nn.Module):
         """Tries it on two random pictures; if it is trained on, with the gradient.
 
         Raises:
-            Mistake: see `forward`; or if the scores do not depend on the pixels, or their gradient is not finite.
+            Mistake: see `forward`; or if the function fails, the scores do not depend on the pixels, or their
+                gradient is not finite.
         """
         pixels = torch.rand(2, 3, 224, 224, device=device, requires_grad=trained)
-        with torch.set_grad_enabled(trained):
-            r = self(pixels, ["a red apple", "a blue cat"])
+        try:
+            with torch.set_grad_enabled(trained):
+                r = self(pixels, ["a red apple", "a blue cat"])
+        except Mistake:
+            raise
+        except Exception as error:  # whatever a user's code raises; its traceback is the cause of ours
+            line = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise Mistake(f"reward `{self.spec}` failed on two random pictures of 224 pixels: {line}") from error
         if trained:
             (gradient,) = torch.autograd.grad(r.sum(), pixels, allow_unused=True)
             if gradient is None:

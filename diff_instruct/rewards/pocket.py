@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.clip import ClipScorer
 from diff_instruct.rewards.weights import clip_network
 
@@ -18,8 +19,15 @@ class PocketReward(ClipScorer):
 
     @classmethod
     def from_pretrained(cls, name, path, cache_dir=None):
-        """From a folder with the CLIPModel, its tokenizer and `reward.json`, which holds mean and std."""
-        scale = json.loads((Path(path) / "reward.json").read_text())
+        """From a folder with the CLIPModel, its tokenizer and `reward.json`, which holds mean and std.
+
+        Raises:
+            Mistake: if the folder is not such a one.
+        """
+        try:
+            scale = json.loads((Path(path) / "reward.json").read_text())
+        except (OSError, ValueError):
+            raise Mistake(f"--reward_checkpoint {name}={path}: no reward.json with mean and std is there") from None
         return cls(name, clip_network(name, path, "pocket"), AutoTokenizer.from_pretrained(path), **scale)
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
@@ -47,12 +48,13 @@ def read(file):
     Raises:
         Mistake: for a pickle with code in it, or a damaged file.
     """
-    if Path(file).suffix == ".safetensors":
-        return load_file(file)
     try:
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise Mistake(f"{file} is damaged or holds more than tensors ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise Mistake(f"{file} is damaged or holds more than tensors ({reason})") from None
 
 
 def check_state(expected, state, source):

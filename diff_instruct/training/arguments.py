@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
@@ -13,8 +14,8 @@ from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training import argument_groups as groups
 from diff_instruct.training.argument_groups import MAX_STEPS
-from diff_instruct.training.checkpoints import list_checkpoints
 from diff_instruct.training.methods import METHODS
+from diff_instruct.training.output_folder import check_output_dir
 
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -52,7 +53,8 @@ def parse_args(input_args=None):
     """Parse, complete and check.
 
     Defaults are the parser's, then the pocket's if no model is named, then the preset's, then what is given.
-    `reward_scale` is None with `--reward_ratio`: it is measured.
+    `reward_scale` is None with `--reward_ratio`: it is measured. `--hub_token` moves to HF_TOKEN, where
+    huggingface_hub looks for it, out of the arguments and `sys.argv`.
 
     Raises:
         Mistake: one line that says what to do, for a mistake that can be seen without loading a model.
@@ -70,12 +72,23 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     if on_pocket and (given.dataset_name or given.train_prompts):  # one's own prompts: judge with those, too
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
+    if args.hub_token is not None:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+    if input_args is None:
+        sys.argv[1:] = without_token(sys.argv[1:])
     check_args(args)
     return args
 
 
+def without_token(words):
+    """A command line without `--hub_token` and its value."""
+    flag = "--hub_token"
+    hidden = [word.split("=")[0] == flag or before == flag for before, word in zip(["", *words], words)]
+    return [word for word, hide in zip(words, hidden) if not hide]
+
+
 def trackable(args):
-    """The arguments without the token, as trackers and the summary take them; a list as one would type it."""
+    """The arguments as trackers and the summary take them, a list as one would type it; without the token's place."""
     shown = {k: v for k, v in vars(args).items() if k != "hub_token"}
     text = {k: shlex.join(map(str, v)) if isinstance(v, list) else v for k, v in shown.items()}
     return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in text.items()}
@@ -102,30 +115,7 @@ def check_args(args):
         path = getattr(args, name)
         if path is not None and not Path(path).exists():
             raise Mistake(f"--{name}: no such file or folder: {path}")
-    check_output(args)
-
-
-def check_output(args):
-    """Raises Mistake for an output folder that cannot be written, or that holds what would be lost."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"--output_dir {folder} cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise Mistake(f"--output_dir {folder} is not writable")
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        raise Mistake("--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them")
-    if args.overwrite_output_dir or args.resume_from_checkpoint or args.dry_run:
-        return
-    found = "a finished run" if (folder / "training_summary.json").exists() else None
-    if list_checkpoints(folder):
-        found = f"{list_checkpoints(folder)[-1].name} of another run"
-    if found:
-        raise Mistake(
-            f"--output_dir {folder} holds {found}: take another folder, --resume_from_checkpoint latest to go on, or "
-            "--overwrite_output_dir to start anew"
-        )
+    check_output_dir(args)
 
 
 def check_tracker(name):

@@ -4,10 +4,12 @@ Imported by the original packages' side, too, in another environment: needs noth
 """
 
 import zlib
+from pathlib import Path
 
 import torch
 
 
+ORACLE = Path(__file__).resolve().parents[1] / "oracle"  # what the original packages scored, committed
 PROMPTS = ["a red apple", "a painting of an ocean with clouds and birds , day time , low depth field effect"]
 SIZES = [(224, 224), (300, 300), (260, 400), (512, 320)]  # of the PIL pictures, (height, width)
 WORDS = (

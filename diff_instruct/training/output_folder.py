@@ -1,0 +1,69 @@
+"""Where a run writes: no other run's work is overwritten unless one says so, and nothing is written by a mistake."""
+
+import os
+import shutil
+from pathlib import Path
+
+from diff_instruct.mistake import Mistake
+from diff_instruct.training.checkpoints import list_checkpoints
+
+
+SUMMARY = "training_summary.json"  # what a finished run leaves last
+
+
+def resumes_there(args):
+    """Whether the run goes on from a checkpoint of its own output folder: from the one that `--resume_from_checkpoint`
+    names, as a path or by its name in the folder, or from the `latest`, if there is one."""
+    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted is None:
+        return False
+    checkpoints = [path.resolve() for path in list_checkpoints(folder)]
+    if wanted == "latest":
+        return bool(checkpoints)
+    return Path(wanted).resolve() in checkpoints or (folder / wanted).resolve() in checkpoints
+
+
+def check_output_dir(args):
+    """Whether `--output_dir` can be made and written to, and is free. Writes nothing.
+
+    A folder is taken if it holds a finished run or checkpoints, unless `--resume_from_checkpoint` goes on from one of
+    these, `--overwrite_output_dir` is given, or nothing is trained (`--dry_run`).
+
+    Raises:
+        Mistake: if not.
+    """
+    folder = Path(args.output_dir)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise Mistake(f"--output_dir {folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Mistake(f"--output_dir {folder} is not writable: {there} belongs to someone else")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise Mistake("--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them")
+    if args.overwrite_output_dir or args.dry_run or resumes_there(args):
+        return
+    checkpoints, finished = list_checkpoints(folder), (folder / SUMMARY).exists()
+    if checkpoints or finished:
+        held = ", ".join(["a finished run"] * finished + [path.name for path in checkpoints[-1:]])
+        go_on = "--resume_from_checkpoint latest to go on, " if checkpoints else ""
+        raise Mistake(
+            f"--output_dir {folder} holds {held}: take another folder, {go_on}or --overwrite_output_dir to start anew"
+        )
+
+
+def prepare_output_dir(args):
+    """Make `--output_dir`; with `--overwrite_output_dir` delete the checkpoints and the summary of the run before,
+    which `latest` would take for this one's. One process calls it.
+
+    Raises:
+        Mistake: if it cannot be made.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+    if args.overwrite_output_dir:
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        (folder / SUMMARY).unlink(missing_ok=True)
