@@ -483,7 +483,7 @@ def test_contenders():
         (["--mean_over", "categories"], "has none; name their column"),
         (["--category_column", "Category"], "has no column `Category`"),
         (["--batch_size", "1"], "at least --num_images"),
-        (["--num_images", "0"], "--num_images must be at least 1"),
+        (["--num_images", "0"], "--num_images must be a whole number of at least 1"),
         (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
     ],
 )

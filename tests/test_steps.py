@@ -252,7 +252,8 @@ def test_continued_equals_never_stopped_and_brings_its_timesteps(short_args, tmp
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("whole", "out")]
     assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"] != summaries[1]["heldout_before"]
 
-    start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
+    start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "whole")]
+    start += ["--output_dir", str(tmp_path / "next")]
     for more in ([], ["--generator_steps", "2"], ["--timestep", "400", "200"]):
         assert models_of(parse_args([*start, *more])).timestep == [400, 200]
     for more in (["--generator_steps", "1"], ["--timestep", "400"], ["--timestep", "400", "100"]):
@@ -282,8 +283,8 @@ def test_bfloat16_and_checkpointing_train_every_weight(short_args, models, tmp_p
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--generator_steps", 0], "--generator_steps must be 1 to 4, but is 0"),
-        (["--generator_steps", 5], "--generator_steps must be 1 to 4, but is 5"),
+        (["--generator_steps", 0], "--generator_steps must be a whole number from 1 to 4"),
+        (["--generator_steps", 5], "--generator_steps must be a whole number from 1 to 4"),
         (["--timestep", 400, 400], "--timestep 400 400 must descend"),
         (["--timestep", 200, 400], "--timestep 200 400 must descend"),
         (["--timestep", 400, 200, "--generator_steps", 3], "400 200 are 2 steps, but --generator_steps is 3"),

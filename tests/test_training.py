@@ -241,7 +241,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_spoil_nothing(tiny_args,
         (["--timestep", "1000"], r"t\* must be in 0\.\.999"),
         (["--resolution", "17"], "must be a multiple of 4"),
         (["--num_eval_images", "1"], "at least 2"),
-        (["--ta_steps", "0"], "must be at least 1"),
+        (["--ta_steps", "0"], "--ta_steps must be a whole number of at least 1"),
     ],
 )
 def test_mistakes_end_with_one_line_and_write_nothing(tiny_args, tmp_path, options, message):
