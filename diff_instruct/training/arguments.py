@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
@@ -72,13 +71,6 @@ def parse_args(input_args=None):
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     check_args(args)
     return args
-
-
-def trackable(args):
-    """The arguments without the token, as trackers and the summary take them; a list as one would type it."""
-    shown = {k: v for k, v in vars(args).items() if k != "hub_token"}
-    text = {k: shlex.join(map(str, v)) if isinstance(v, list) else v for k, v in shown.items()}
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in text.items()}
 
 
 def check_args(args):
