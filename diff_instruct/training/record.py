@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import dataset_info
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def prompts_of(args):
         else:
             try:
                 found["dataset_name"] = dataset_info(args.dataset_name, timeout=10).sha
-            except (OSError, HfHubHTTPError):
+            except (OSError, HTTPError):
                 found["dataset_name"] = None
     return found
 
