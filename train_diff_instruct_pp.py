@@ -23,7 +23,6 @@ from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, i
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, upload
-from diff_instruct.mistake import Mistake
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import plan, table
 from diff_instruct.models.sources import models_of
@@ -42,14 +41,19 @@ from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers, truncated_prompts
 from diff_instruct.rewards.specs import read_rewards
-from diff_instruct.training.arguments import parse_args, trackable
-from diff_instruct.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from diff_instruct.training.ema import ema_decay
+from diff_instruct.training.endings import run_to_the_end, writing, writing_export
 from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import Averages, History, Speed, log_images
+from diff_instruct.training.interrupts import Interrupts
+from diff_instruct.training.nonfinite import NonFinite
 from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
+from diff_instruct.training.record import record_of
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
+from diff_instruct.training.trackers import check_token, end_trackers, start_trackers
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
@@ -126,6 +130,7 @@ def main(args):
 
     # 1. Where it runs.
     check_engine(args)
+    check_token(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -133,7 +138,8 @@ def main(args):
         step_scheduler_with_optimizer=False,
     )
     device, processes, is_main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    args.mixed_precision = accelerator.mixed_precision  # or what accelerate is configured for
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if device.type == "cpu":
         use_cores(processes)
@@ -143,6 +149,8 @@ def main(args):
     models = models_of(args)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint:
+        check_checkpoint(checkpoint, args, processes)
     train_prompts, eval_prompts = load_prompts(*prompt_sources(args), args.num_eval_prompts)
     validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
     if args.dry_run:
@@ -165,11 +173,8 @@ def main(args):
         decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
 
     # 4. What is trained, and what is drawn.
-    total, warmup, accumulation = (
-        args.pretrain_steps + args.max_train_steps,
-        args.ta_warmup_steps,
-        args.gradient_accumulation_steps,
-    )
+    total, warmup = args.pretrain_steps + args.max_train_steps, args.ta_warmup_steps
+    accumulation = args.gradient_accumulation_steps
     rising, ta_rate = args.lr_warmup_steps, args.ta_learning_rate or args.learning_rate
     theta = Trained(accelerator, args, "generator", generator, args.learning_rate, total, rising, args.use_ema)
     psi = Trained(
@@ -187,10 +192,13 @@ def main(args):
     null = models.family.null(actors.stock, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
 
+    prompts_of_step = []
+
     def batches():
         """c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I), for each forward and backward pass of an optimizer step."""
         for _ in range(accumulation):
             prompts, z, eps, u, noise, step = sampler()
+            prompts_of_step.extend(prompts)
             t = pipe.schedule.timesteps(u, args.min_timestep, args.max_timestep).to(device)
             yield Batch(prompts, encode(prompts), z, noise, step, t, eps)
 
@@ -208,7 +216,7 @@ def main(args):
         prepare_output_dir(args)
     history = History(args.output_dir, first_step if checkpoint else None) if is_main else None
     if args.report_to != "none":
-        accelerator.init_trackers(args.tracker_project_name, config=trackable(args))
+        start_trackers(accelerator, args, checkpoint)
     score_batch = args.reward_batch_size or args.train_batch_size
     to_judge = eval_prompts, validation_prompts, latent_shape, args.num_eval_images, score_batch
     judge = Judge(accelerator, generator, theta, encode, *to_judge)
@@ -217,16 +225,20 @@ def main(args):
         scores, pictures = judge(reward, heldout)
         heldout_scores = [float(v[:WHILE_TRAINING].mean()) for k, v in scores.items() if k == "heldout"]
         if is_main:
-            save_file({"pictures": pictures.cpu(), **scores}, before_file)
+            with writing():
+                save_file({"pictures": pictures.cpu(), **scores}, before_file)
             history.log(accelerator, 0, {f"val_{k}": float(v[:WHILE_TRAINING].mean()) for k, v in scores.items()})
 
     # 6. Algorithm 1. At negative steps the TA alone warms up.
     bar = tqdm(range(first_step, total), initial=first_step + warmup, total=total + warmup, disable=not is_main)
     done, judged, speed = first_step, {}, Speed(device, images_per_step)
-    for step in bar:
+    interrupts = Interrupts(accelerator)
+    nonfinite = NonFinite(accelerator, args.output_dir, reward, args.max_nonfinite_steps)
+    for step in interrupts.listen(bar):
         if args.heldout_patience and validations_since_best(heldout_scores) >= args.heldout_patience:
             break
         pretraining, figures = step < args.pretrain_steps, Averages()
+        prompts_of_step.clear()
         alpha_rew, measuring = dial.scale(step - args.pretrain_steps), dial.measuring(step - args.pretrain_steps)
         alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
 
@@ -235,7 +247,8 @@ def main(args):
                 loss = ta_loss(batch, generator, ta)
                 figures.add({"ta_loss": loss})
                 accelerator.backward(loss / accumulation)
-            psi.step()
+            if not psi.step():
+                nonfinite(step, psi, figures, prompts_of_step)
 
         if step >= 0:  # ψ is frozen; θ takes a step
             for batch in batches():
@@ -247,6 +260,8 @@ def main(args):
                 accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * accumulation))
             if theta.step():
                 theta.update_average(ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step))
+            else:
+                nonfinite(step, theta, figures, prompts_of_step)
 
         # 7. What happened.
         done, speed.steps = step + 1, speed.steps + 1
@@ -271,11 +286,15 @@ def main(args):
             if is_main:
                 history.log(accelerator, done, judged)
                 log_images(accelerator, done, pictures, validation_prompts)
-        if args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == total):
+        interrupts.read_ahead(sampler, (args.ta_steps + 1) * accumulation if done < total else 0)
+        ending = interrupts.agreed()  # of all processes
+        if ending or args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == total):
             state = {"step": done, "seconds": spent + time.time() - started, "sampler": sampler.state_dict()}
             state |= {"heldout_scores": heldout_scores, "dial": dial.state_dict()}
-            limit = args.checkpoints_total_limit
-            save_checkpoint(accelerator, args.output_dir, max(done, 0), state, [theta, psi], limit)
+            written = save_checkpoint(accelerator, args, max(done, 0), state, [theta, psi])
+        if ending:
+            end_trackers(accelerator)
+            raise ending.after(written, done)
         speed.go_on()
 
     # 8. The generator after: scores, pictures, curves, and the pipeline that is shipped.
@@ -288,7 +307,7 @@ def main(args):
         "diversity_by": diversity_features(reward, heldout)[0],
         "skipped_steps": theta.skipped + psi.skipped,
         "reward_scale": dial.reward_scale,
-        "arguments": trackable(args),
+        **record_of(args, accelerator),
     }
     if is_main:
         before = load_file(before_file)
@@ -297,16 +316,16 @@ def main(args):
             drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
         titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
         sheet = image_grid([drawn, before.pop("pictures"), pictures], titles, validation_prompts)
-        sheet.save(Path(args.output_dir) / "samples.png")
-        history.plot(Path(args.output_dir) / "curves.png")
         summary = {**compare(before, scores), **summary}
-        with theta.averaged():
+        with theta.averaged(), writing_export(args):
+            sheet.save(Path(args.output_dir) / "samples.png")
+            history.plot(Path(args.output_dir) / "curves.png")
             export(args, models, pipe, summary, validation_prompts[0], license)
         report(args, summary)
     accelerator.wait_for_everyone()  # no process leaves while another still writes
     accelerator.free_memory()
     gc.collect()
-    accelerator.end_training()
+    end_trackers(accelerator)
     if repo:
         upload(args, repo, pipe)  # no process waits for the network
 
@@ -329,7 +348,4 @@ Wrote {args.output_dir}: pipeline, README.md, samples.png, curves.png, training_
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except Mistake as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_to_the_end(parse_args, main))

@@ -154,8 +154,9 @@ def test_the_hub_is_asked_first_and_a_failed_upload_is_told(tiny_args, tmp_path,
         raise OSError("connection reset\nmore")
 
     monkeypatch.setattr(export, "upload_folder", broken)
+    monkeypatch.setattr(export, "WAITS", (0,))
     run([*tiny_args, "--max_train_steps", 1, "--push_to_hub", "--hub_private_repo", "--hub_model_id", "apples"])
-    assert order == [("create", True), "load", "upload"]
+    assert order == [("create", True), "load", "upload", "upload"]
     out = capsys.readouterr().out
     assert "The upload failed (connection reset)" in out and "hf upload me/apples" in out
 

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, model_info
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 from diff_instruct.training.methods import METHODS, method_of
+from diff_instruct.training.record import portable
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -30,7 +31,7 @@ def base_license(base):
         return None
     try:
         card_data = model_info(base).card_data
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, HTTPError) as error:
         print(f"The licence of {base} could not be asked for ({str(error).splitlines()[0]}): set it in the card.")
         return None
     return None if card_data is None else card_data.get("license")
@@ -90,7 +91,7 @@ def write_card(args, pipe, summary, family, prompt, license):
         stock_call=stock_call(family, pipe, prompt),
         stock_class=stock_class.__name__,
         lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
-        start=args.pretrained_generator_name_or_path or base,
+        start=portable(args.pretrained_generator_name_or_path or base),
         prompt=json.dumps(prompt),
         pretrain_steps=args.pretrain_steps,
         align_steps=args.max_train_steps,
@@ -101,7 +102,7 @@ def write_card(args, pipe, summary, family, prompt, license):
         license=license,
         command=command_line(),
         arguments=json.dumps(summary["arguments"], indent=2),
-        heldout=shlex.join(args.heldout_reward or []),
+        heldout=shlex.join(portable(name) for name in args.heldout_reward or []),
         **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds", "diversity_by")},
     )
     card.save(Path(args.output_dir) / "README.md")
@@ -109,10 +110,10 @@ def write_card(args, pipe, summary, family, prompt, license):
 
 
 def command_line():
-    """The command of this run, without the token."""
+    """The command of this run, without the token and the folders of this machine."""
     words, hidden = [], False
     for word in sys.argv[1:]:
         if not (hidden or word.startswith("--hub_token")):
-            words.append(word)
+            words.append(portable(word))
         hidden = word == "--hub_token"
     return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *words])

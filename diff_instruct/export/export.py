@@ -2,17 +2,21 @@
 
 import json
 import shlex
+import time
 from pathlib import Path
 
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import get_peft_model_state_dict
 
 from diff_instruct.export.card import LORA_WEIGHTS, write_card
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
+
+
+WAITS = (2, 10, 60)  # seconds between attempts to upload
 
 
 def save_lora(folder, stock_class, network):
@@ -62,23 +66,33 @@ def create_repository(args):
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return create_repo(name, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         raise Mistake(f"--push_to_hub: {name} cannot be created on the Hub: {str(error).splitlines()[0]}") from None
 
 
 def upload(args, repo, pipe):
-    """Upload pipeline, card, pictures and summary; if that fails, say which command does it later."""
+    """Upload pipeline, card, pictures and summary, and nothing else; several attempts, as far as errors may pass.
+
+    If it fails, say which command does it later: the export is whole.
+    """
     parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
     files = ["model_index.json", LORA_WEIGHTS, "pipeline_one_step.py", "README.md", "*.png", "training_summary.json"]
-    try:
-        upload_folder(
-            repo_id=repo,
-            folder_path=args.output_dir,
-            allow_patterns=parts + files,
-            commit_message="Diff-Instruct++ one-step generator",
-            token=args.hub_token,
-        )
-    except (OSError, HfHubHTTPError) as error:
-        include = shlex.join(word for pattern in parts + files for word in ("--include", pattern))
-        print(f"The upload failed ({str(error).splitlines()[0]}). The export is whole; upload it with")
-        print(f"    hf upload {repo} {shlex.quote(args.output_dir)} . {include}")
+    for wait in (*WAITS, None):
+        try:
+            upload_folder(
+                repo_id=repo,
+                folder_path=args.output_dir,
+                allow_patterns=parts + files,
+                commit_message="Diff-Instruct++ one-step generator",
+                token=args.hub_token,
+            )
+            return
+        except (OSError, HTTPError) as error:
+            why, response = str(error).split("\n")[0], getattr(error, "response", None)
+            if wait is None or (response is not None and response.status_code < 500):
+                break
+            print(f"The upload failed ({why}); next attempt in {wait} s.", flush=True)
+            time.sleep(wait)
+    include = shlex.join(word for pattern in parts + files for word in ("--include", pattern))
+    print(f"The upload failed ({why}). The export is whole; upload it with")
+    print(f"    hf upload {repo} {shlex.quote(args.output_dir)} . {include}")

@@ -29,7 +29,7 @@ def load_function(spec):
 
 
 class FunctionReward(torch.nn.Module):
-    """Calls a user's reward and checks what comes back: a finite score for each image, (B,), with its gradient."""
+    """Calls a user's reward and checks what comes back: a score for each image, (B,), with its gradient."""
 
     def __init__(self, spec):
         super().__init__()
@@ -41,7 +41,7 @@ class FunctionReward(torch.nn.Module):
         The function gets them in [0, 1]; pixels outside keep their gradient.
 
         Raises:
-            Mistake: for an output of another shape, without gradient where one is needed, or with NaN or infinity.
+            Mistake: for an output of another shape, or without gradient where one is needed.
         """
         r, shape = self.function(clamp(pixels), prompts), (len(pixels),)
         wanted = f"it must return a tensor of shape {shape}, one score for each image"
@@ -53,16 +53,14 @@ class FunctionReward(torch.nn.Module):
                 f"reward `{self.spec}` returned scores without gradient; {wanted}, made from the pixels by "
                 "differentiable operations only: no detach(), no torch.no_grad(), no NumPy"
             )
-        if not torch.isfinite(r).all():
-            raise Mistake(f"reward `{self.spec}` returned NaN or infinity; {wanted}, and finite")
         return full_precision(r)
 
     def check(self, device, trained):
         """Tries it on two random pictures; if it is trained on, with the gradient.
 
         Raises:
-            Mistake: see `forward`; or if the function fails, the scores do not depend on the pixels, or their
-                gradient is not finite.
+            Mistake: see `forward`; or if the function fails, the scores do not depend on the pixels, or they or their
+                gradient are not finite. (While training such a step is skipped: see NonFinite.)
         """
         pixels = torch.rand(2, 3, 224, 224, device=device, requires_grad=trained)
         try:
@@ -73,6 +71,10 @@ class FunctionReward(torch.nn.Module):
         except Exception as error:  # whatever a user's code raises; its traceback is the cause of ours
             line = f"{type(error).__name__}: {error}".split("\n")[0]
             raise Mistake(f"reward `{self.spec}` failed on two random pictures of 224 pixels: {line}") from error
+        if not torch.isfinite(r).all():
+            raise Mistake(
+                f"reward `{self.spec}` returned NaN or infinity; it must return a finite score for each image"
+            )
         if trained:
             (gradient,) = torch.autograd.grad(r.sum(), pixels, allow_unused=True)
             if gradient is None:

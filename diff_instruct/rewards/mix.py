@@ -1,6 +1,7 @@
 """Several rewards as one: r(x, c) = Σ weight · min(r_i(x, c), cap_i)."""
 
 import math
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ class Mix(torch.nn.Module):
         self.names, self.rewards = list(rewards), torch.nn.ModuleList(rewards.values())
         self.weights, self.caps = weights, caps or {}
         self.seen = {name: [] for name in self.names}
+        self.unsound = {}
 
     @property
     def is_plain(self):
@@ -37,11 +39,27 @@ class Mix(torch.nn.Module):
         return sum(self.weights[name] * r.clamp(max=self.caps.get(name, math.inf)) for name, r in scores.items())
 
     def forward(self, pixels, prompts):
-        """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`."""
-        scores = self.scores(pixels, prompts)
-        for name, r in scores.items():
-            self.seen[name].append(r.detach())
+        """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`, and
+        for `take_unsound` which of them, or of their gradients, are not finite."""
+        scores = {}
+        for name, reward in zip(self.names, self.rewards):
+            own = pixels.view_as(pixels)  # so that its gradient can be told from the others'
+            if own.requires_grad:
+                own.register_hook(partial(self.look, name))
+            scores[name] = reward(own, prompts)
+            self.look(name, scores[name])
+            self.seen[name].append(scores[name].detach())
         return self.combine(scores)
+
+    def look(self, name, values):
+        """Remember whether a part's scores or gradient are finite; nothing is waited for."""
+        unsound = ~values.detach().isfinite().all()
+        self.unsound[name] = unsound | self.unsound[name] if name in self.unsound else unsound
+
+    def take_unsound(self):
+        """Names of the parts whose scores or gradients were not finite since the last call."""
+        names, self.unsound = [name for name, unsound in self.unsound.items() if unsound], {}
+        return names
 
     def take_parts(self, n):
         """For the log: `reward_<name>`, the mean published score of each part over the last n images; empty if there

@@ -236,6 +236,10 @@ def add_optimization_arguments(parser):
     g.add_argument("--adam_epsilon", type=positive, default=1e-8)
     g.add_argument("--max_grad_norm", type=positive, default=10.0)
     g.add_argument(
+        "--max_nonfinite_steps", type=positive_int, default=3,
+        help="end the run after so many steps in a row whose gradient was not finite",
+    )  # fmt: skip
+    g.add_argument(
         "--use_ema", action=BooleanOptionalAction, default=True, help="judge and export an average of the generator"
     )
     g.add_argument("--ema_decay", type=decay, default=0.95, help="of the average, per step, while aligning")
@@ -273,6 +277,8 @@ def add_output_arguments(parser):
     g.add_argument("--logging_dir", type=text, default="logs", help="tracker logs, inside --output_dir")
     g.add_argument("--report_to", type=text, default="tensorboard", help="tensorboard, wandb, trackio, all or none")
     g.add_argument("--tracker_project_name", type=text, default="diff-instruct-pp")
+    g.add_argument("--run_name", type=text, help="of the run in the tracker; default: the tracker's choice")
+    g.add_argument("--tracker_group", type=text, help="group of the run in the tracker (Weights & Biases, Trackio)")
     g.add_argument("--push_to_hub", action="store_true", help="upload the exported pipeline")
     g.add_argument("--hub_private_repo", action="store_true", help="create that repository as a private one")
     g.add_argument("--hub_model_id", type=text, help="repository to upload to; default: the name of --output_dir")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -85,13 +84,6 @@ def without_token(words):
     flag = "--hub_token"
     hidden = [word.split("=")[0] == flag or before == flag for before, word in zip(["", *words], words)]
     return [word for word, hide in zip(words, hidden) if not hide]
-
-
-def trackable(args):
-    """The arguments as trackers and the summary take them, a list as one would type it; without the token's place."""
-    shown = {k: v for k, v in vars(args).items() if k != "hub_token"}
-    text = {k: shlex.join(map(str, v)) if isinstance(v, list) else v for k, v in shown.items()}
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in text.items()}
 
 
 def check_args(args):

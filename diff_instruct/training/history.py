@@ -1,7 +1,9 @@
 """The history of a run: figures, curves, and pictures for the trackers."""
 
 import json
+import os
 import time
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 
 from diff_instruct.evaluation.cost import peak_gib
+from diff_instruct.training.endings import NotWritten, writing
 
 
 PANELS = {
@@ -64,6 +67,15 @@ class Speed:
         return dict(zip(TIMINGS, (seconds, self.images_per_step / seconds, peak_gib(self.device))))
 
 
+def read_rows(path):
+    """The rows of a history, without a last line that a kill cut short."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
 class History:
     """The logged figures of a run, one JSON object a line.
 
@@ -73,19 +85,43 @@ class History:
     """
 
     def __init__(self, output_dir, first_step=None):
-        self.path, self.rows = Path(output_dir) / "history.jsonl", []
+        self.path, self.rows, self.told = Path(output_dir) / "history.jsonl", [], False
         if first_step is not None and self.path.exists():
-            before, *rows = (json.loads(line) for line in self.path.read_text().splitlines())
-            self.rows = [before, *(row for row in rows if row["step"] <= first_step)]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            rows = list(read_rows(self.path))
+            self.rows = rows[:1] + [row for row in rows[1:] if row["step"] <= first_step]
+        aside, self.unsaved = self.path.with_name("history.partial"), ""
+        with writing():
+            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(aside, self.path)
+        self.size = self.path.stat().st_size
 
     def log(self, accelerator, step, figures):
-        """Append figures, and hand them to the trackers, which do not take a warm-up's negative steps."""
+        """Append figures, and hand them to the trackers, which do not take a warm-up's negative steps.
+
+        What cannot be written now is written with the next figures: the run goes on.
+        """
         self.rows.append({"step": step, **figures})
-        with self.path.open("a") as f:
-            f.write(json.dumps(self.rows[-1]) + "\n")
+        self.unsaved += json.dumps(self.rows[-1]) + "\n"
+        with self.going_on(f"the figures of step {step}"):
+            with self.path.open("r+b") as f:
+                f.truncate(self.size)  # without the half line that a full disk left
+                f.seek(self.size)
+                f.write(self.unsaved.encode())
+            self.size, self.unsaved = self.path.stat().st_size, ""
         if step >= 0:
-            accelerator.log(figures, step=step)
+            with self.going_on(f"what trackers log of step {step}"):
+                accelerator.log(figures, step=step)
+
+    @contextmanager
+    def going_on(self, what):
+        """Within: a failure to write is told once, and nothing else."""
+        try:
+            with writing():
+                yield
+        except NotWritten as error:
+            if not self.told:
+                print(f"{what} could not be written: {error}; the run goes on.", flush=True)
+            self.told = True
 
     def plot(self, file):
         """Draw `curves.png`."""

@@ -9,7 +9,6 @@ from diffusers.training_utils import EMAModel
 from diff_instruct.models.lora import trained_parameters
 
 
-MAX_NONFINITE_STEPS = 3
 BUCKET = 2**26  # elements that processes exchange at a time
 
 
@@ -54,7 +53,7 @@ class Trained:
     Attributes:
         parameters (`dict`): by name, the list made once.
         norm (`float`): of the last gradient, before clipping.
-        skipped (`int`): steps that were not taken.
+        skipped, in_a_row (`int`): steps that were not taken, in all and since the last one that was.
     """
 
     def __init__(self, accelerator, args, name, denoiser, learning_rate, steps, warmup_steps, average=False):
@@ -99,10 +98,7 @@ class Trained:
         """End a phase: average the gradients, clip, step, and leave no gradient behind.
 
         Returns:
-            `bool`: whether the step was taken.
-
-        Raises:
-            FloatingPointError: after three gradients in a row that are not finite.
+            `bool`: whether the step was taken: not if the gradient is not finite.
         """
         if self.accelerator.num_processes > 1:
             self.average_gradients()
@@ -115,11 +111,6 @@ class Trained:
         self.optimizer.zero_grad()
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.skipped += not finite
-        if self.in_a_row == MAX_NONFINITE_STEPS:
-            raise FloatingPointError(
-                f"the gradient of the {self.name} was not finite {MAX_NONFINITE_STEPS} times in a row; nothing was "
-                "applied. Resume from the last checkpoint with a lower learning rate, and look at the reward."
-            )
         return finite
 
     def update_average(self, decay):

@@ -1,0 +1,48 @@
+"""The trackers' run, in which a resumed run goes on."""
+
+import secrets
+from pathlib import Path
+
+from diff_instruct.mistake import Mistake
+from diff_instruct.training.endings import NotWritten, writing
+from diff_instruct.training.record import arguments_of
+
+
+RUN_ID = "tracker_run_id"
+
+
+def check_token(args):
+    """Raises Mistake if the token would be kept by a tracker: Weights & Biases records the command line."""
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        raise Mistake(
+            f"--hub_token with --report_to {args.report_to}: Weights & Biases records the command line; give the "
+            "token in the environment variable HF_TOKEN, or with `hf auth login`"
+        )
+
+
+def start_trackers(accelerator, args, checkpoint=None):
+    """Start them, or go on in the run that the checkpoint's folder belongs to: its id is in `tracker_run_id`.
+
+    Weights & Biases go on by id, Trackio by name; TensorBoard reads all files of the folder that it writes to.
+    """
+    file = Path(args.output_dir) / RUN_ID
+    before = checkpoint and checkpoint.parent / RUN_ID
+    run = before.read_text().strip() if before and before.is_file() else None
+    run = run or f"{args.run_name or Path(args.output_dir).resolve().name}-{secrets.token_hex(4)}"
+    if accelerator.is_main_process:
+        file.write_text(run + "\n")
+    group = {} if args.tracker_group is None else {"group": args.tracker_group}
+    options = {
+        "wandb": {"id": run, "name": args.run_name or run, "resume": "allow", **group},
+        "trackio": {"name": run, "resume": "allow", **group},
+    }
+    accelerator.init_trackers(args.tracker_project_name, config=arguments_of(args), init_kwargs=options)
+
+
+def end_trackers(accelerator):
+    """Let them write what they hold; a tracker that cannot is told, and ends no run."""
+    try:
+        with writing():
+            accelerator.end_training()
+    except NotWritten as error:
+        accelerator.print(f"a tracker could not write all: {error}")

@@ -1,0 +1,73 @@
+"""Runs in processes of their own, which can be killed: forked from a server that has imported everything already."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from diff_instruct.rewards import loading as rewards
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.endings import run_to_the_end
+from train_diff_instruct_pp import main
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.processes"])
+
+
+def work(arguments, pocket, log, environment):
+    """The script with the tiny scorers for `pocket`, as its last lines run it."""
+    os.environ.update(environment)
+    with open(log, "a") as f:
+        for descriptor in (1, 2):
+            os.dup2(f.fileno(), descriptor)
+    torch.set_num_threads(1)
+    rewards.POCKET = Path(pocket)
+    sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
+
+
+class Run:
+    """A run that was started, of one process or several (gloo); `log` collects what it prints."""
+
+    def __init__(self, arguments, pocket, log, processes=1):
+        arguments, environment = [str(a) for a in arguments], {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+            environment["LOCAL_WORLD_SIZE"] = str(processes)
+        self.log, self.processes = Path(log), []
+        for rank in range(processes):
+            mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            process = CONTEXT.Process(target=work, args=(arguments, str(pocket), str(log), mine))
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def alive(self):
+        return all(p.is_alive() for p in self.processes)
+
+    def kill(self):
+        """SIGKILL to all."""
+        for p in self.processes:
+            p.kill()
+        self.wait()
+
+    def signal(self, number, rank=0):
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self, timeout=300):
+        """Exit codes of all, negative for signals."""
+        end = time.monotonic() + timeout
+        for p in self.processes:
+            p.join(max(0, end - time.monotonic()))
+            if p.is_alive():
+                for other in self.processes:
+                    other.kill()
+                raise TimeoutError(self.log.read_text()[-3000:])
+        return [p.exitcode for p in self.processes]

@@ -1,0 +1,468 @@
+"""What a run does when something goes wrong: checkpoints, signals, full disks, numbers, memory, streams, trackers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import train_diff_instruct_pp as script
+from diff_instruct.mistake import Mistake
+from diff_instruct.prompts.stream import Sampler, StreamBroken
+from diff_instruct.rewards.mix import Mix
+from diff_instruct.training import endings
+from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.checkpoints import list_checkpoints, put_in_place
+from diff_instruct.training.endings import Ending, run_to_the_end
+from diff_instruct.training.history import History
+from tests.processes import Run
+from tests.runs import checkpoints, history, run, same, trained, weights
+from tests.tiny import PROMPTS
+
+
+QUICK = ["--report_to", "none", "--num_eval_prompts", 1, "--validation_steps", 0, "--num_validation_prompts", 1]
+
+
+@pytest.fixture
+def quick_args(tiny_args):
+    return [*tiny_args, *QUICK]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tiny_model, tiny_pocket):
+    """(arguments, output folder) of a finished run of two steps."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    arguments = [
+        "--pretrained_model_name_or_path", tiny_model, "--train_prompts", folder / "prompts.txt",
+        "--eval_prompts", folder / "prompts.txt", "--reward", "pocket", "--heldout_reward", "pocket_heldout",
+        "--train_batch_size", 2, "--max_train_steps", 2, "--num_eval_images", 2, "--checkpointing_steps", 1, *QUICK,
+        "--output_dir", folder / "out",
+    ]  # fmt: skip
+    assert Run(arguments, tiny_pocket, folder / "log").wait() == [0], (folder / "log").read_text()
+    return arguments, folder / "out"
+
+
+def resume(written, tmp_path, *options):
+    """Check the arguments of a resumed run, from a copy of the folder; trains nothing."""
+    run([*written[0], "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest", *options, "--dry_run"])
+
+
+def edit(file, change):
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+
+
+BROKEN = {
+    r"optimizer_1.bin is missing": lambda c: (c / "optimizer_1.bin").unlink(),
+    r"generator.safetensors has 100 of \d+ bytes": lambda c: os.truncate(c / "generator.safetensors", 100),
+    r"loop-0.json is missing": lambda c: (c / "loop-0.json").unlink(),
+    r"it has no checkpoint.json": lambda c: (c / "checkpoint.json").unlink(),
+    r"its checkpoint.json cannot be read": lambda c: os.truncate(c / "checkpoint.json", 50),
+    r"it has format 99, and this version": lambda c: edit(c / "checkpoint.json", lambda s: s.update(format=99)),
+    r"was written by 2 process\(es\), but this run has 1": lambda c: edit(
+        c / "checkpoint.json", lambda s: s.update(processes=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(written, tmp_path, message):
+    shutil.copytree(written[1], tmp_path / "out")
+    resume(written, tmp_path)
+    BROKEN[message](tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(Mistake, match=rf"--resume_from_checkpoint: \S*checkpoint-2 .*{message}") as error:
+        resume(written, tmp_path)
+    assert "\n" not in str(error.value)
+    resume(written, tmp_path, "--resume_from_checkpoint", "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["generator.safetensors", "optimizer.bin", "random_states_0.pkl"])
+def test_a_damaged_file_of_the_right_size_is_a_mistake(written, tmp_path, name):
+    shutil.copytree(written[1], tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-2" / name
+    file.write_bytes(b"\x80" * file.stat().st_size)
+    arguments = [*written[0], "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(Mistake, match="checkpoint-2 is damaged, or of other networks") as error:
+        run(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_cannot_run_code(written, tmp_path):
+    """Neither optimizer nor random numbers are unpickled as objects."""
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(written[1], tmp_path / "out")
+        checkpoint = tmp_path / "out" / "checkpoint-2"
+        torch.save({"state": Evil()}, checkpoint / name)
+        size = (checkpoint / name).stat().st_size
+        edit(checkpoint / "checkpoint.json", lambda s: s["files"].update({name: size}))
+        with pytest.raises(Mistake, match="is damaged"):
+            run([*written[0], "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest"])
+        assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--learning_rate", "0.5"], ["--learning_rate (then 5e-06, now 0.5)"]),
+        (["--seed", "7", "--train_batch_size", "3"], ["--seed (then 0, now 7)", "--train_batch_size (then 2, now 3)"]),
+        (["--mixed_precision", "bf16"], ["--mixed_precision (then no, now bf16)"]),
+        (["--no-use_ema"], ["--use_ema (then True, now False)"]),
+        (["--validation_prompts", "a b", "c"], ["--validation_prompts (then None, now 'a b' c)"]),
+    ],
+)
+def test_other_arguments_are_refused_by_name(written, tmp_path, options, named):
+    shutil.copytree(written[1], tmp_path / "out")
+    with pytest.raises(Mistake, match="was written with other arguments") as error:
+        resume(written, tmp_path, *options)
+    assert all(words in str(error.value) for words in named) and str(error.value).count("(then") == len(named)
+
+
+def test_arguments_that_do_not_matter_and_prompts_that_moved(written, tmp_path):
+    shutil.copytree(written[1], tmp_path / "out")
+    resume(written, tmp_path, "--max_train_steps", 9, "--logging_steps", 3, "--checkpointing_steps", 2)
+    resume(written, tmp_path, "--report_to", "tensorboard", "--run_name", "x", "--cache_dir", tmp_path / "cache")
+    moved = tmp_path / "moved.txt"
+    shutil.copy(written[1].parent / "prompts.txt", moved)
+    resume(written, tmp_path, "--train_prompts", moved)
+    moved.write_text(moved.read_text() + "one more\n")
+    with pytest.raises(Mistake, match=r"other arguments: --train_prompts \(other contents\)"):
+        resume(written, tmp_path, "--train_prompts", moved)
+
+
+def test_a_longer_run_is_the_run_of_that_length(written, tmp_path):
+    """`--max_train_steps` may grow: the weights are those of a run that was longer from the start."""
+    shutil.copytree(written[1], tmp_path / "out")
+    command = [*written[0], "--max_train_steps", 3]
+    run([*command, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest"])
+    run([*command, "--output_dir", tmp_path / "whole"])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+def test_the_limit_never_removes_what_was_just_written(written, tmp_path):
+    """Not even if a later one is there, and first what is not whole."""
+    shutil.copytree(written[1], tmp_path / "out")
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-8")
+    (tmp_path / "out" / "checkpoint-8" / "loop-0.json").unlink()
+    command = [*written[0], "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "checkpoint-2"]
+    run([*command, "--max_train_steps", 3, "--checkpoints_total_limit", 2])
+    assert checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_killed_while_a_checkpoint_is_replaced(tmp_path, monkeypatch):
+    """Of a warm-up, whose checkpoints have one name: between the two renames the earlier one is found."""
+    for name in ("checkpoint-0", "partial-checkpoint-0"):
+        (tmp_path / name).mkdir()
+    rename, calls = os.replace, []
+
+    def killed(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(tmp_path / "partial-checkpoint-0", tmp_path / "checkpoint-0")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["old-checkpoint-0"]
+
+
+def wait_for_rows(folder, number, runs):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and runs.alive:
+        file = folder / "history.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= number:
+            return
+        time.sleep(0.01)
+    raise AssertionError(runs.log.read_text()[-3000:])
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_signals_write_a_checkpoint(quick_args, tiny_pocket, tmp_path, number, processes):
+    """To one process of two: both end after the same step, with 128 + the signal's number; the run then goes on."""
+    command = [*quick_args, "--max_train_steps", 400, "--checkpointing_steps", 0, "--output_dir", tmp_path / "out"]
+    started = Run(command, tiny_pocket, tmp_path / "log", processes)
+    wait_for_rows(tmp_path / "out", 4, started)
+    started.signal(number, rank=processes - 1)
+    assert started.wait() == [128 + number] * processes
+    (checkpoint,) = list_checkpoints(tmp_path / "out")
+    step, log = checkpoint.name.split("-")[1], (tmp_path / "log").read_text()
+    assert f"stopped: {number.name} after step {step}; " in log and "Traceback" not in log
+    loops = [json.loads(file.read_text())["step"] for file in checkpoint.glob("loop-*.json")]
+    assert loops == [int(step)] * processes
+    if processes == 1:
+        total = int(step) + 2
+        run([*command, "--max_train_steps", total, "--resume_from_checkpoint", "latest"])
+        run([*command, "--max_train_steps", total, "--output_dir", tmp_path / "whole"])
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+        assert history(tmp_path / "whole") == history(tmp_path / "out")
+
+
+def ends(arguments, capsys):
+    """(exit code, last line on stderr) of the script's last lines; no traceback."""
+    code = run_to_the_end(lambda: parse_args([str(a) for a in arguments]), script.main)
+    return code, capsys.readouterr().err.splitlines()[-1]
+
+
+REWARD = """
+import torch
+calls = []
+
+def score(pixels, prompts):
+    r = pixels.mean(dim=(1, 2, 3))
+    if pixels.requires_grad and pixels.shape[-1] == 16:
+        calls.append(1)
+        if len(calls) in {calls}:
+            r = r * float("nan")
+    return r
+
+def root(pixels, prompts):
+    return pixels.mean(dim=(1, 2, 3)) if pixels.shape[-1] > 16 else (pixels - pixels.detach()).sum(dim=(1, 2, 3)).sqrt()
+"""
+
+
+def test_a_reward_that_is_not_finite_is_named_and_skipped(quick_args, tmp_path, capsys):
+    """One bad step is not applied; the next is."""
+    (tmp_path / "own.py").write_text(REWARD.replace("{calls}", "{2}"))
+    run([*quick_args, "--reward", "pocket", f"{tmp_path}/own.py:score", "--checkpointing_steps", 1])
+    out = capsys.readouterr().out
+    assert (
+        "the gradient of the generator was not finite in step 2 (not finite: reward score); it is not applied" in out
+    )
+    assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["skipped_steps"] == 1
+    states = [trained(tmp_path / "out", i) for i in (1, 2, 3)]
+    assert same(states[0], states[1]) and not same(states[1], states[2])
+    assert not (tmp_path / "out" / "nonfinite_prompts.json").exists()
+
+
+@pytest.mark.parametrize("function, cause", [("score", "reward score"), ("root", "reward root")])
+def test_three_in_a_row_end_the_run(quick_args, tmp_path, capsys, function, cause):
+    """NaN scores, and finite scores whose gradient is infinite; the prompts of the last bad batch are kept."""
+    (tmp_path / "own.py").write_text(REWARD.replace("{calls}", "range(2, 9)"))
+    options = [
+        "--reward",
+        "pocket",
+        f"{tmp_path}/own.py:{function}",
+        "--max_train_steps",
+        9,
+        "--checkpointing_steps",
+        1,
+    ]
+    code, line = ends([*quick_args, *options, "--max_nonfinite_steps", 2], capsys)
+    step = {"score": 3, "root": 2}[function]
+    assert code == 3 and f"not finite in step {step} (not finite: {cause}), 2 times in a row" in line
+    bad = json.loads((tmp_path / "out" / "nonfinite_prompts.json").read_text())
+    assert (bad["step"], bad["network"], bad["not_finite"]) == (step, "generator", [cause])
+    assert len(bad["prompts"]) == 4 and set(bad["prompts"]) <= set(PROMPTS)  # the TA's batch and the generator's
+    assert checkpoints(tmp_path / "out")[-1] == f"checkpoint-{step - 1}"
+    assert all(v.isfinite().all() for v in trained(tmp_path / "out", step - 1).values())
+
+
+@pytest.mark.parametrize("part, cause", [("ta_loss", "TA loss"), ("score", "divergence"), ("cfg", "guidance")])
+def test_what_is_not_finite_is_named(quick_args, monkeypatch, capsys, part, cause):
+    nan = float("nan")
+    if part == "ta_loss":
+        loss = script.ta_loss
+        monkeypatch.setattr(script, "ta_loss", lambda *args: loss(*args) * nan)
+    else:
+        gradients = script.ikl_gradient
+        factors = (nan, 1) if part == "score" else (1, nan)
+        monkeypatch.setattr(script, "ikl_gradient", lambda e: [g * f for g, f in zip(gradients(e), factors)])
+    code, line = ends([*quick_args, "--max_nonfinite_steps", 1], capsys)
+    assert code == 3 and f"not finite in step 1 (not finite: {cause}), 1 times" in line
+
+
+def test_nothing_is_asked_of_finite_steps(quick_args, monkeypatch):
+    """No extra wait for the device: what is finite is looked at only after a step that was not taken."""
+    monkeypatch.setattr(Mix, "take_unsound", None)
+    monkeypatch.setattr(script.NonFinite, "__call__", None)
+    run([*quick_args, "--max_train_steps", 1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory: 64 bytes")],
+)
+def test_out_of_memory_names_the_largest_actor_and_flags(quick_args, monkeypatch, capsys, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(script, "ta_loss", full)
+    code, line = ends(quick_args, capsys)
+    assert code == 4
+    assert line.startswith("stopped: out of memory: the largest actor is the generator (")
+    flags = line.split("most: ")[1].split(", ")
+    assert len(flags) == 3 and flags[0] == "--lora_rank 64" and "--gradient_checkpointing" in flags
+    code, line = ends([*quick_args, "--overwrite_output_dir", "--lora_rank", 2, "--gradient_checkpointing"], capsys)
+    assert code == 4 and "is the teaching assistant (" in line and "--ta_lora_rank 64" in line
+    assert "--lora_rank 64" not in line.replace("--ta_lora_rank 64", "") and "--gradient_checkpointing" not in line
+
+
+def test_other_errors_keep_their_traceback(quick_args, monkeypatch):
+    def bug(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(script, "ta_loss", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_to_the_end(lambda: parse_args([str(a) for a in quick_args]), script.main)
+
+
+def test_a_stream_that_breaks_leaves_a_checkpoint(quick_args, tmp_path, monkeypatch, capsys):
+    """What its prompts' reader raises after its own attempts; the run can be continued, and ends the same."""
+    run([*quick_args, "--output_dir", tmp_path / "whole"])
+    read_ahead, calls = Sampler.read_ahead, []
+
+    def broken(self, draws):
+        calls.append(draws)
+        if len(calls) == 3:
+            raise StreamBroken("the prompts cannot be read (ConnectionError: gone), after 5 attempts")
+        read_ahead(self, draws)
+
+    with monkeypatch.context() as m:
+        m.setattr(Sampler, "read_ahead", broken)
+        code, line = ends([*quick_args, "--checkpointing_steps", 0], capsys)
+    assert code == 75 and "ConnectionError: gone" in line and "go on with --resume_from_checkpoint latest" in line
+    assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+    run([*quick_args, "--resume_from_checkpoint", "latest"])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few MiB; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(quick_args, small_disk, capsys):
+    """It fills after a checkpoint: log lines and checkpoints that cannot be written are told, the last whole one stays,
+    the export ends the run with one line; with room again the same command exports what a run with room would have."""
+    out = small_disk / "out"
+    command = [*quick_args, "--output_dir", out, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    run([*command, "--max_train_steps", 1])
+    for name in ("transformer", "vae", "text_encoder"):
+        shutil.rmtree(out / name)
+    before = weights_of(out / "checkpoint-1")
+    filler = small_disk / "filler"
+    fill(filler)
+    code, line = ends([*command, "--max_train_steps", 3], capsys)
+    assert code == 5 and "the export in" in line and "no space left on the disk" in line or "Error while" in line
+    assert checkpoints(out) == ["checkpoint-1"] and same(weights_of(out / "checkpoint-1"), before)
+    filler.unlink()
+    run([*command, "--max_train_steps", 3])
+    assert "model_index.json" in os.listdir(out) and "checkpoint-3" in checkpoints(out)
+    assert [row["step"] for row in history(out)][-3:] == [1, 2, 3]
+
+
+def fill(file):
+    with pytest.raises(OSError), file.open("wb", buffering=0) as f:
+        while True:
+            f.write(b"x" * 4096)
+
+
+def weights_of(checkpoint):
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "generator.safetensors")
+
+
+def test_log_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatch, capsys):
+    log, accelerator = History(tmp_path), Accelerator()
+    log.log(accelerator, 0, {"a": 1.0})
+    opened = Path.open
+
+    def full(self, *args):
+        f = opened(self, *args)
+        write = f.write
+
+        class Half:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *args):
+                f.close()
+
+            def __getattr__(self, name):
+                return getattr(f, name)
+
+            def write(self, data):
+                write(data[: len(data) // 2])
+                f.flush()
+                raise OSError(28, "No space left on device")
+
+        return Half()
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "open", full)
+        log.log(accelerator, 1, {"a": 2.0})
+        log.log(accelerator, 2, {"a": 3.0})
+    assert capsys.readouterr().out.count("could not be written: no space left on the disk; the run goes on") == 1
+    log.log(accelerator, 3, {"a": 4.0})
+    assert [row["a"] for row in history(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
+    with (tmp_path / "history.jsonl").open("a") as f:
+        f.write('{"step": 4, "a"')  # killed in the middle
+    assert (
+        [row["step"] for row in History(tmp_path, first_step=2).rows]
+        == [0, 1, 2]
+        == [row["step"] for row in history(tmp_path)]
+    )
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(quick_args, tmp_path, monkeypatch, capsys):
+    from diff_instruct.training import checkpoints as module
+
+    save, calls = module.save_file, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the teaching assistant's of the second
+            raise OSError(28, "No space left on device")
+        return save(*args)
+
+    monkeypatch.setattr(module, "save_file", full)
+    run([*quick_args, "--checkpointing_steps", 1])
+    out = capsys.readouterr().out
+    assert "checkpoint-2 could not be written: no space left on the disk; the last one is checkpoint-1." in out
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_trackers_go_on_in_the_same_run(quick_args, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, name, config, init_kwargs: asked.append(init_kwargs)
+    )
+    command = [*quick_args, "--report_to", "tensorboard", "--run_name", "red", "--tracker_group", "apples"]
+    run([*command, "--max_train_steps", 2])
+    run([*command, "--max_train_steps", 3, "--resume_from_checkpoint", "latest"])
+    run([*command, "--max_train_steps", 3, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2",
+         "--output_dir", tmp_path / "moved"])  # fmt: skip
+    run([*command, "--max_train_steps", 1, "--output_dir", tmp_path / "other"])
+    first, second, moved, other = asked
+    assert first == second == moved and first["wandb"]["id"] != other["wandb"]["id"]
+    run_id = first["wandb"]["id"]
+    assert run_id.startswith("red-") and first == {
+        "wandb": {"id": run_id, "name": "red", "resume": "allow", "group": "apples"},
+        "trackio": {"name": run_id, "resume": "allow", "group": "apples"},
+    }
+
+
+def test_an_ending_is_no_mistake():
+    assert not issubclass(Ending, Mistake) and len({v for k, v in vars(endings).items() if k.isupper()}) > 4
