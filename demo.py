@@ -20,7 +20,8 @@ from diff_instruct.export.gallery import gallery
 from diff_instruct.export.space import write_space
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.rewards.loading import check_scorers, load_scorers
+from diff_instruct.rewards.loading import load_scorers
+from diff_instruct.rewards.specs import read_scorers
 from diff_instruct.training.environment import use_cores
 
 
@@ -57,7 +58,11 @@ def build_parser():
 
 
 def check_args(args):
-    """Raises Mistake, in one line, for what cannot work; fills in the pocket model's defaults."""
+    """Fill in the pocket model's defaults; returns the [`RewardSpec`]s of the scores.
+
+    Raises:
+        Mistake: in one line, for what cannot work.
+    """
     if args.push_to_hub and not args.export_space:
         raise Mistake("--push_to_hub needs --export_space: the folder that is uploaded")
     if find_spec("gradio") is None:
@@ -68,7 +73,7 @@ def check_args(args):
         args.reward, args.heldout_reward = args.reward or ["pocket"], args.heldout_reward or ["pocket_heldout"]
         args.examples = EXAMPLES if args.examples is None else args.examples
     args.reward, args.heldout_reward = args.reward or [], args.heldout_reward or []
-    check_scorers([*args.reward, *args.heldout_reward], args.reward_checkpoint)
+    return read_scorers([*args.reward, *args.heldout_reward], args.reward_checkpoint)
 
 
 def load_model(name, entry, args, device):
@@ -87,9 +92,9 @@ def load_model(name, entry, args, device):
     return page.Model(name, of_one_prompt, tuple(shape))
 
 
-def load_score(args, device):
+def load_score(args, scorers, device):
     """`score(pixels, prompts)` of the rewards, or None."""
-    scorers = load_scorers([*args.reward, *args.heldout_reward], args.reward_checkpoint, args.cache_dir, device)
+    scorers = load_scorers(scorers, device, args.cache_dir)
     heldout = {spec.rpartition(":")[2] for spec in args.heldout_reward}
 
     def score(pixels, prompts):
@@ -99,15 +104,15 @@ def load_score(args, device):
     return score if scorers else None
 
 
-def content_of(args, device):
-    """The page's [`Content`]."""
+def content_of(args, scorers, device):
+    """The page's [`Content`]; the scorers are a sequence of [`RewardSpec`]."""
     found = [gallery(path) for path in args.gallery]
     return page.Content(
         title=args.title,
         text="Each picture is one evaluation of the network. Type: it redraws.",
         examples=list(args.examples or ()),
         before=load_model("before", args.before, args, device) if args.before else None,
-        score=load_score(args, device),
+        score=load_score(args, scorers, device),
         gallery=[item for items, _ in found for item in items],
         table="\n\n".join(text for _, text in found if text),
     )
@@ -150,7 +155,7 @@ def export_space(args):
 
 
 def main(args):
-    check_args(args)
+    scorers = check_args(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.export_space:
         return export_space(args)
@@ -158,7 +163,9 @@ def main(args):
         use_cores(1)
     model = load_model("one step", args.model, args, device)
     page.launch(
-        page.build(model, content_of(args, device)), server_name=args.server_name, server_port=args.server_port
+        page.build(model, content_of(args, scorers, device)),
+        server_name=args.server_name,
+        server_port=args.server_port,
     )
 
 

@@ -298,7 +298,7 @@ def main(args):
         history.plot(Path(args.output_dir) / "curves.png")
         summary = {**compare(before, scores), **summary}
         with theta.averaged():
-            export(args, models, pipe, summary, validation_prompts[0], license)
+            export(args, models, pipe, summary, validation_prompts, pictures, license)
         report(args, summary)
     accelerator.wait_for_everyone()  # no process leaves while another still writes
     accelerator.free_memory()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,18 +15,22 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import export_for_apps as script
-from diff_instruct.export import apps
+from diff_instruct.export import apps, card
+from diff_instruct.export.card import stock_call
 from diff_instruct.export.export import save_lora
 from diff_instruct.export.layouts import unet_names, vae_names
 from diff_instruct.export.stock import stock_pipeline
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.families import UNET_LORA
+from diff_instruct.models.families import FAMILIES, UNET_LORA
 from diff_instruct.models.lora import add_lora, merged
 from pipeline_one_step import OneStepPipeline
+from tests.runs import run
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_sd, tiny_sd2, tiny_unet, tiny_vae
 
 
@@ -342,3 +347,70 @@ def test_mistakes_name_what_can_be_written(one_step, stocks, tmp_path):
     pipe.scheduler = DDPMScheduler(beta_schedule="linear")
     with pytest.raises(Mistake, match="it runs in diffusers only"):
         export(pipe, tmp_path)
+
+
+def test_stock_call_of_a_card_draws_the_export_s_picture_from_scaled_noise(one_step):
+    """The lines are run: with σ_t z as latents, drawn from the same random state, the picture is the export's."""
+    pipe = one_step("sd", input_noise="scaled")
+    scope = {"pipe": pipe}
+    torch.manual_seed(0)
+    call = stock_call(FAMILIES["StableDiffusionPipeline"], pipe, "fire")
+    exec(call.replace(").images[0]", ", output_type='pt').images"), scope)
+    torch.manual_seed(0)
+    z = torch.randn(1, 4, 8, 8)
+    expected = pipe("fire", latents=z, output_type="pt").images
+    torch.testing.assert_close(scope["image"], expected, atol=1e-5, rtol=0)
+
+
+def test_card_of_a_run(tiny_args, stocks, tmp_path):
+    """Front matter, pictures and table are those of the run."""
+    run([*tiny_args, "--pretrained_model_name_or_path", stocks["sd"], "--lora_rank", 2, "--timestep", 999,
+         "--input_noise", "scaled", "--max_train_steps", 1, "--validation_prompts", "fire", "blue cat"])  # fmt: skip
+    out = tmp_path / "out"
+    loaded = ModelCard.load(out / "README.md")
+    widget = [
+        {"text": "fire", "output": {"url": "images/0.png"}},
+        {"text": "blue cat", "output": {"url": "images/1.png"}},
+    ]
+    assert loaded.data.widget == widget and "<Gallery />" in loaded.text
+    assert {"lora", "template:diffusion-lora", "one-step"} <= set(loaded.data.tags)
+    pictures = [Image.open(out / entry["output"]["url"]) for entry in widget]
+    assert pictures[0].size == (16, 16) and pictures[0].tobytes() != pictures[1].tobytes()
+    pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    assert apps.where_it_runs(pipe, "out_1step", "fire") in loaded.text
+    assert '| ComfyUI, sampler `lcm`, cfg 1 | `ManualSigmas` "14.6146, 0" | 1.000 |' in loaded.text
+    assert not (out / ".eval_results").exists()  # its prompts are no dataset of the Hub
+
+
+def test_front_matter_of_a_base_model_on_the_hub(one_step):
+    args = Namespace(pretrained_model_name_or_path="some/model", dataset_name="some/prompts")
+    license = {"license": "other", "license_name": "openrail++", "license_link": "https://example.org/licence"}
+    for lora, relation in ((False, "finetune"), (True, "adapter")):
+        data = card.card_data(args, one_step("sd"), ["fire"], license, lora).to_dict()
+        assert data["base_model"] == "some/model" and data["base_model_relation"] == relation
+        assert data["datasets"] == ["some/prompts"] and ("lora" in data["tags"]) == lora
+        assert {key: data[key] for key in license} == license
+
+
+def test_licence_of_a_local_base_model(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: openrail++\n---\n# A model\n")
+    assert card.base_license(tmp_path) == {"license": "other", "license_name": "openrail++"}
+
+
+def test_eval_results_are_the_figures_of_the_run():
+    """An entry for each figure, as huggingface_hub reads them; none if the prompts were files."""
+    summary = {
+        "n_images": 12,
+        "n_prompts": 3,
+        "reward_scale": 10.0,
+        "arguments": {"reward": "pocket", "reward_scale": 10},
+    }
+    summary |= {"reward_before": -1.0, "reward_after": 0.5, "reward_gain": 1.5, "reward_after_ci95": [0.25, 0.75]}
+    args = Namespace(dataset_name="some/prompts", eval_prompts=None)
+    (entry,) = parse_eval_result_entries(eval_result_entries_to_yaml(card.eval_results(args, summary, "2026-01-31")))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("some/prompts", "reward", 0.5)
+    assert entry.date == "2026-01-31"
+    assert entry.notes.startswith(
+        "pocket (trained); 95% [0.2500, 0.7500], before training -1.0000; 12 images of 3 prompts"
+    )
+    assert card.eval_results(Namespace(dataset_name="some/prompts", eval_prompts="mine.txt"), summary, "") == []

@@ -21,6 +21,7 @@ from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards import loading as rewards
+from diff_instruct.rewards.specs import RewardSpec
 from pipeline_one_step import OneStepPipeline
 
 
@@ -54,9 +55,9 @@ def arguments(*words):
 
 def parts(args):
     """(model, content) of a command."""
-    demo.check_args(args)
+    scorers = demo.check_args(args)
     model = demo.load_model("one step", args.model, args, torch.device("cpu"))
-    return model, demo.content_of(args, torch.device("cpu"))
+    return model, demo.content_of(args, scorers, torch.device("cpu"))
 
 
 def test_a_prompt_and_a_seed_give_the_export_s_picture(export, with_gradio):
@@ -77,7 +78,7 @@ def test_nine_seeds_and_their_scores(export, with_gradio):
     assert len(images) == 9 and "seeds 5 to 13" in line and line.endswith("pocket · pocket_heldout (held out)")
     pixels, _ = page.pictures(model, "blue cat", range(5, 14))
     for name, column in (("pocket", 0), ("pocket_heldout", 1)):
-        scores = rewards.load_reward(name, trained=False)(pixels, ["blue cat"] * 9)
+        scores = rewards.load_reward(RewardSpec(name), trained=False)(pixels, ["blue cat"] * 9)
         assert [caption.split(" · ")[column] for _, caption in images] == [f"{s:.2f}" for s in scores.tolist()]
     single, _ = page.pictures(model, "blue cat", [5])
     torch.testing.assert_close(pixels[:1], single, atol=1e-5, rtol=0)
@@ -112,7 +113,7 @@ def test_gallery_of_an_evaluation_and_of_a_run(tmp_path):
             page.to_pil(torch.rand(1, 3, 8, 8))[0].save(folder / file)
     figures = {f"reward_{c}": 1.0 for c in ("before", "after", "gain")}
     figures |= {f"reward_{c}_ci95": [0.5, 1.5] for c in ("before", "after", "gain")}
-    summary = {**figures, "arguments": {"reward": "pocket", "reward_scale": 10}}
+    summary = {**figures, "reward_scale": 10.0, "arguments": {"reward": "pocket"}}
     (run / "training_summary.json").write_text(json.dumps(summary))
     items, table = gallery(run)
     assert [caption for _, caption in items] == ["samples"] and "| pocket (trained) | 1.000 [0.500, 1.500]" in table

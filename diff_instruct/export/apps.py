@@ -201,8 +201,8 @@ def where_it_runs(pipe, name, prompt):
     times, scaled = ", ".join(map(str, pipe.timesteps)), pipe.config.input_noise == "scaled"
     diffusers = "1" if not scaled else f"{sigma:.3f}: give `latents` = {sigma:.4f} z"
     rows = ["| program | noise levels | factor on its noise | how |", "|---|---|---|---|"]
-    rows.append(f"| diffusers, this pipeline | t = {times} | 1 | as above |")
-    rows.append(f"| diffusers, stock pipeline, `LCMScheduler` | `timesteps=[{times}]` | {diffusers} | as above |")
+    rows.append(f"| diffusers, this pipeline | t = {times} | 1 | `DiffusionPipeline.from_pretrained` |")
+    rows.append(f"| diffusers, stock pipeline, `LCMScheduler` | `timesteps=[{times}]` | {diffusers} | no guidance |")
     try:
         app = find_app(pipe)
     except Mistake as error:
