@@ -320,7 +320,7 @@ def main(args):
         with theta.averaged(), writing_export(args):
             sheet.save(Path(args.output_dir) / "samples.png")
             history.plot(Path(args.output_dir) / "curves.png")
-            export(args, models, pipe, summary, validation_prompts[0], license)
+            export(args, models, pipe, summary, validation_prompts, pictures, license)
         report(args, summary)
     accelerator.wait_for_everyone()  # no process leaves while another still writes
     accelerator.free_memory()

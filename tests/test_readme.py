@@ -11,7 +11,9 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
+import demo
 import evaluate_one_step
+import export_for_apps
 import pipeline_one_step
 import train_diff_instruct_pp
 from diff_instruct.evaluation.candidates import Contender
@@ -142,6 +144,13 @@ def run_shell(command, model, prompts):
         run_training(arguments, model, prompts)
     elif f" {EVALUATE}" in command:
         run_evaluation(command.split(EVALUATE, 1)[1])
+    elif command.startswith("python export_for_apps.py"):
+        export_for_apps.main(export_for_apps.build_parser().parse_args(shlex.split(command)[2:]))
+    elif command.startswith("python demo.py"):  # it would serve until it is stopped: see tests/test_demo.py
+        args = demo.build_parser().parse_args(shlex.split(command)[2:])
+        if args.export_space:
+            demo.export_space(args)
+            assert (Path(args.export_space) / "app.py").is_file()
     elif command.startswith(("printf ", "cat > ")):
         subprocess.run(["bash", "-ec", command], check=True)
     else:
@@ -208,7 +217,10 @@ def test_named_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_flags_exist(page):
-    parsers = build_parser(), evaluate_one_step.build_parser()
+    parsers = [
+        make()
+        for make in (build_parser, evaluate_one_step.build_parser, export_for_apps.build_parser, demo.build_parser)
+    ]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     known |= {"--config_file", "--quiet", "--logdir"}  # accelerate's and TensorBoard's
     for folder in ("experiments", "benchmarks", "tests/parity"):

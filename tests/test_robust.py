@@ -230,7 +230,8 @@ def score(pixels, prompts):
     return r
 
 def root(pixels, prompts):
-    return pixels.mean(dim=(1, 2, 3)) if pixels.shape[-1] > 16 else (pixels - pixels.detach()).sum(dim=(1, 2, 3)).sqrt()
+    zero = (pixels - pixels.detach()).sum(dim=(1, 2, 3))
+    return pixels.mean(dim=(1, 2, 3)) if pixels.shape[-1] > 16 else zero.sqrt()
 """
 
 
@@ -353,8 +354,8 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(quick_args, small_disk, capsys):
-    """It fills after a checkpoint: log lines and checkpoints that cannot be written are told, the last whole one stays,
-    the export ends the run with one line; with room again the same command exports what a run with room would have."""
+    """It fills after a checkpoint: what cannot be written of logs and checkpoints is told, the last whole one stays, the
+    export ends the run with one line; with room again the same command exports what a run with room would have."""
     out = small_disk / "out"
     command = [*quick_args, "--output_dir", out, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
     run([*command, "--max_train_steps", 1])

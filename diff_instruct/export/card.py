@@ -3,38 +3,49 @@
 import json
 import shlex
 import sys
+from datetime import date
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, model_info
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml, model_info
 from huggingface_hub.errors import HTTPError
 
+from diff_instruct.export.apps import where_it_runs
 from diff_instruct.training.methods import METHODS, method_of
 from diff_instruct.training.record import portable
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+EVAL_RESULTS = ".eval_results/heldout_prompts.yaml"
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
 
 
 def stock_call(family, pipe, prompt):
     """The lines with which an exported generator runs in the stock pipeline of its family."""
     words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
-    return family.stock_call.format(**words)
+    call = family.stock_call.format(**words)
+    if pipe.config.input_noise == "unit":
+        return call
+    sigma, shape = pipe.schedule.sigmas[pipe.timesteps[0]].item(), ", ".join(map(str, pipe.latent_shape()))
+    noise = f"import torch\nlatents = {sigma:.6f} * torch.randn(1, {shape})  # σ_t z\n"
+    return noise + call.replace("num_inference_steps", "latents=latents, num_inference_steps")
 
 
 def base_license(base):
-    """The licence that the base model's card names, or None if it names none or cannot be read."""
-    card = Path(base) / "README.md"
+    """`license`, and where it is no standard one `license_name` and `license_link`, as the base model's card has them.
+
+    Empty if it names none or cannot be read.
+    """
+    card, data = Path(base) / "README.md", None
     if card.is_file():
-        return ModelCard.load(card).data.get("license")
-    if Path(base).is_dir():
-        return None
-    try:
-        card_data = model_info(base).card_data
-    except (OSError, HTTPError) as error:
-        print(f"The licence of {base} could not be asked for ({str(error).splitlines()[0]}): set it in the card.")
-        return None
-    return None if card_data is None else card_data.get("license")
+        data = ModelCard.load(card).data
+    elif not Path(base).is_dir():
+        try:
+            data = model_info(base).card_data
+        except (OSError, HTTPError) as error:
+            print(f"The licence of {base} could not be asked for ({str(error).splitlines()[0]}): set it in the card.")
+    names = ("license", "license_name", "license_link")
+    return {} if data is None else {name: data.get(name) for name in names if data.get(name) is not None}
 
 
 def figures_table(summary):
@@ -68,21 +79,66 @@ def label(figure, summary):
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
 
-def write_card(args, pipe, summary, family, prompt, license):
-    """Fill `model_card_template.md` with what was measured; returns the card."""
-    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
-    stock_class = family.stock
-    data = ModelCardData(
+def card_data(args, pipe, prompts, license, lora):
+    """What the Hub reads of a card.
+
+    Args:
+        prompts: those of the pictures `images/0.png`, `images/1.png`, ...
+        license (`dict`): from `base_license`.
+        lora: whether there is a LoRA file.
+    """
+    base = args.pretrained_model_name_or_path
+    on_hub = not Path(base).is_dir()
+    tags = ["text-to-image", "diffusers", "diff-instruct", "few-step" if len(pipe.timesteps) > 1 else "one-step"]
+    return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=license,
         base_model=base if on_hub else None,
-        tags=["text-to-image", "diffusers", "diff-instruct", "few-step" if len(pipe.timesteps) > 1 else "one-step"],
+        base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
+        datasets=[args.dataset_name] if args.dataset_name else None,
+        tags=tags + (["lora", "template:diffusion-lora"] if lora else []),
+        widget=[{"text": prompt, "output": {"url": f"images/{i}.png"}} for i, prompt in enumerate(prompts)],
+        **license,
     )
+
+
+def eval_results(args, summary, today):
+    """Entries of `.eval_results/*.yaml`, or none: they belong to a dataset on the Hub, and its prompts were held out.
+
+    Args:
+        today: the date, as the Hub writes it, 2026-01-31.
+    """
+    if args.dataset_name is None or args.eval_prompts is not None:
+        return []
+    about = f"{summary['n_images']} images of {summary['n_prompts']} prompts of the dataset that were not trained on"
+    entries = []
+    for figure in figure_names(summary):
+        low, high = summary[f"{figure}_after_ci95"]
+        notes = f"{label(figure, summary)}; 95% [{low:.4f}, {high:.4f}], before training "
+        notes += f"{summary[f'{figure}_before']:.4f}; {about}"
+        value = round(summary[f"{figure}_after"], 6)
+        entries.append(EvalResultEntry(args.dataset_name, figure, value, date=today, notes=notes))
+    return entries
+
+
+def write_card(args, pipe, summary, family, prompts, license):
+    """Fill `model_card_template.md` with what was measured, and write `.eval_results`; returns the card.
+
+    Args:
+        prompts: those of the pictures in `images/`.
+        license (`dict`): from `base_license`.
+    """
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
+    folder, stock_class, prompt = Path(args.output_dir), family.stock, prompts[0]
+    lora, name = (folder / LORA_WEIGHTS).is_file(), folder.resolve().name
+    entries = eval_results(args, summary, date.today().isoformat())
+    if entries:
+        (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+        (folder / EVAL_RESULTS).write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
     card = ModelCard.from_template(
-        data,
+        card_data(args, pipe, prompts, license, lora),
         template_path=str(TEMPLATE),
-        name=Path(args.output_dir).resolve().name,
+        name=name,
         repo=args.hub_model_id or Path(args.output_dir).name,
         base=base if on_hub else f"the local pipeline `{Path(base).name}`",
         method=method_of(args).name,
@@ -90,7 +146,8 @@ def write_card(args, pipe, summary, family, prompt, license):
         timesteps=pipe.timesteps,
         stock_call=stock_call(family, pipe, prompt),
         stock_class=stock_class.__name__,
-        lora=(Path(args.output_dir) / LORA_WEIGHTS).is_file(),
+        lora=lora,
+        where_it_runs=where_it_runs(pipe, f"{name}_{len(pipe.timesteps)}step", prompt),
         start=portable(args.pretrained_generator_name_or_path or base),
         prompt=json.dumps(prompt),
         pretrain_steps=args.pretrain_steps,
@@ -99,13 +156,13 @@ def write_card(args, pipe, summary, family, prompt, license):
         reward_scale=summary["reward_scale"],
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
-        license=license,
+        license=license.get("license_name") or license.get("license"),
         command=command_line(),
         arguments=json.dumps(summary["arguments"], indent=2),
         heldout=shlex.join(portable(name) for name in args.heldout_reward or []),
         **{k: summary[k] for k in ("n_images", "n_prompts", "steps", "seconds", "diversity_by")},
     )
-    card.save(Path(args.output_dir) / "README.md")
+    card.save(folder / "README.md")
     return card
 
 

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import get_peft_model_state_dict
 
-from diff_instruct.export.card import LORA_WEIGHTS, write_card
+from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
 
@@ -37,10 +38,14 @@ def save_frozen_parts(models, pipe, folder):
         type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder / name)
 
 
-def export(args, models, pipe, summary, prompt, license=None):
+def export(args, models, pipe, summary, prompts, pictures, license=None):
     """Save the pipeline, card and `training_summary.json` in `--output_dir`.
 
     With `--lora_rank` the pipeline gets the merged network.
+
+    Args:
+        prompts, pictures (`torch.Tensor`, (B, 3, H, W) in [0, 1]): what the generator drew, for the card.
+        license (`dict`): from `base_license`.
 
     Returns:
         The card.
@@ -54,7 +59,10 @@ def export(args, models, pipe, summary, prompt, license=None):
     pipe.save_pretrained(folder)
     save_frozen_parts(models, pipe, folder)
     (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return write_card(args, pipe, summary, models.family, prompt, license)
+    (folder / "images").mkdir(exist_ok=True)
+    for i, image in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.clamp(0, 1)))):
+        image.save(folder / "images" / f"{i}.png")
+    return write_card(args, pipe, summary, models.family, prompts, license or {})
 
 
 def create_repository(args):
@@ -77,6 +85,7 @@ def upload(args, repo, pipe):
     """
     parts = [f"{name}/*" for name, value in pipe.components.items() if value is not None]
     files = ["model_index.json", LORA_WEIGHTS, "pipeline_one_step.py", "README.md", "*.png", "training_summary.json"]
+    files += ["images/*.png", EVAL_RESULTS]
     for wait in (*WAITS, None):
         try:
             upload_folder(

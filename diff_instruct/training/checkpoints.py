@@ -58,7 +58,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
             return path
     names = ", ".join(p.name for p in there) or "none"
     raise Mistake(
-        f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint; in {output_dir} are: {names}"
+        f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint; {output_dir} holds: {names}"
     )
 
 

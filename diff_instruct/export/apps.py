@@ -1,0 +1,217 @@
+"""What other programs need to draw an export's pictures: their noise levels, a ComfyUI workflow, command lines.
+
+ComfyUI and stable-diffusion.cpp count noise as k-diffusion does, σ_k = σ_t / α_t, and start a partial schedule from
+σ_k z. They divide by √(1 + σ_k²) before the network, which so is given σ_t z. A generator that was trained on z itself
+(`input_noise` "unit") needs its noise times 1 / σ_t there, else it draws weak pictures.
+"""
+
+from dataclasses import dataclass
+
+from diff_instruct.mistake import Mistake
+
+
+@dataclass(frozen=True)
+class App:
+    """What is known of a family outside diffusers.
+
+    Args:
+        betas: (schedule, first, last) that the programs take the family to have, whatever the export says; None for
+            flow matching.
+        single_file: whether diffusers reads a file of the family in the original layout.
+        task: of `optimum-cli export openvino`, or None.
+        stable_diffusion_cpp: whether it draws the family.
+    """
+
+    betas: tuple | None
+    single_file: bool
+    task: str | None
+    stable_diffusion_cpp: bool
+
+
+APPS = {
+    "StableDiffusionPipeline": App(("scaled_linear", 0.00085, 0.012), True, "stable-diffusion", True),
+    "StableDiffusionXLPipeline": App(("scaled_linear", 0.00085, 0.012), True, "stable-diffusion-xl", True),
+    "PixArtAlphaPipeline": App(("linear", 0.0001, 0.02), False, None, False),
+}
+# What core ComfyUI calls prediction types in its node ModelSamplingDiscrete; without the node it takes epsilon.
+SAMPLING = {"v_prediction": "v_prediction", "sample": "x0"}
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """How an export's steps are said elsewhere.
+
+    Args:
+        sigmas: σ of each step in the program's count, and 0.
+        factor: what the program's own noise is multiplied with.
+        flow: whether x_t = (1 − σ) x0 + σ ε.
+    """
+
+    sigmas: tuple
+    factor: float
+    flow: bool
+
+    @property
+    def first(self):
+        """What unit noise is multiplied with altogether."""
+        return self.sigmas[0] * self.factor
+
+    def text(self, digits=9):
+        """As ComfyUI's node `ManualSigmas` and stable-diffusion.cpp's `--sigmas` take them."""
+        return ", ".join(number(sigma, digits) for sigma in self.sigmas)
+
+
+def number(value, digits=9):
+    """A decimal without exponent, which the programs do not read, and without trailing zeros."""
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".")
+
+
+def noise_levels(pipe):
+    """[`NoiseLevels`] of a [`OneStepPipeline`]."""
+    schedule, flow = pipe.schedule, pipe.schedule.prediction_type == "flow"
+    alphas, sigmas = ([table[t].item() for t in pipe.timesteps] for table in (schedule.alphas, schedule.sigmas))
+    factor = 1 / sigmas[0] if pipe.config.input_noise == "unit" else 1.0
+    return NoiseLevels((*(s if flow else s / a for a, s in zip(alphas, sigmas)), 0.0), factor, flow)
+
+
+def find_app(pipe):
+    """The [`App`] of a pipeline's family.
+
+    Raises:
+        Mistake: if other programs do not know the family, or not with this noise schedule.
+    """
+    family, config = pipe.config.family, pipe.scheduler.config
+    if family not in APPS:
+        raise Mistake(f"a {family} has no layout for other programs; those of {', '.join(APPS)} have one")
+    app = APPS[family]
+    if app.betas is not None:
+        own = (config.beta_schedule, config.beta_start, config.beta_end)
+        if own != app.betas or config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
+            raise Mistake(
+                f"other programs take a {family} to have betas {app.betas}, but these are {own}: it runs in diffusers "
+                "only"
+            )
+    return app
+
+
+def workflow(pipe, name, prompt, seed=0):
+    """ComfyUI's graph that draws the export, by core nodes, in the form that its server and its page both load.
+
+    Every decimal that matters is in a string (`ManualSigmas`): number fields are rounded to two decimals there. Noise
+    of the right size comes from `AddNoise`, which multiplies with the first σ it is given; so the sampler adds none.
+    In flow matching the sampler adds it, for there it shrinks what it is given by 1 − σ.
+
+    Args:
+        name: what the export's files are called, such as apples_1step.
+
+    Raises:
+        Mistake: for a flow-matching export that starts below σ = 1 from unit noise, which core nodes cannot say.
+    """
+    levels, (_, height, width) = noise_levels(pipe), pipe.latent_shape()
+    height, width = height * pipe.grid.factor, width * pipe.grid.factor
+    if levels.flow and abs(levels.factor - 1) > 1e-6:
+        raise Mistake("ComfyUI's core nodes cannot start flow matching from unit noise below t = 1000")
+    nodes = {}
+
+    def node(class_type, **inputs):
+        nodes[str(len(nodes) + 1)] = {"class_type": class_type, "inputs": inputs}
+        return str(len(nodes))
+
+    if APPS[pipe.config.family].single_file:
+        checkpoint = node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
+        model, clip, vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
+    else:
+        model = [node("UNETLoader", unet_name=f"{name}_transformer.safetensors", weight_dtype="default"), 0]
+        clip = [node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="pixart"), 0]
+        vae = [node("VAELoader", vae_name=f"{name}_vae.safetensors"), 0]
+    if pipe.schedule.prediction_type in SAMPLING:
+        sampling = SAMPLING[pipe.schedule.prediction_type]
+        model = [node("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False), 0]
+    micro = pipe.config.family == "PixArtAlphaPipeline" and pipe.denoiser.config.sample_size == 128
+    if micro:
+        text = [node("CLIPTextEncodePixArtAlpha", text=prompt, width=width, height=height, clip=clip), 0]
+    else:
+        text = [node("CLIPTextEncode", text=prompt, clip=clip), 0]
+    latent = [node("EmptyLatentImage", width=width, height=height, batch_size=1), 0]
+    if not levels.flow:
+        noise = node("RandomNoise", noise_seed=seed)
+        size = node("ManualSigmas", sigmas=f"{number(levels.first)}, 0")
+        latent = [node("AddNoise", model=model, noise=[noise, 0], sigmas=[size, 0], latent_image=latent), 0]
+    sampled = node(
+        "SamplerCustom",
+        model=model,
+        add_noise=levels.flow,
+        noise_seed=seed,
+        cfg=1.0,
+        positive=text,
+        negative=text,  # not asked for at 1
+        sampler=[node("KSamplerSelect", sampler_name="lcm"), 0],
+        sigmas=[node("ManualSigmas", sigmas=levels.text()), 0],
+        latent_image=latent,
+    )
+    image = node("VAEDecode", samples=[sampled, 0], vae=vae)
+    node("SaveImage", images=[image, 0], filename_prefix=name)
+    return nodes
+
+
+def stable_diffusion_cpp(pipe, name, prompt):
+    """stable-diffusion.cpp's command line.
+
+    Raises:
+        Mistake: if it does not draw the family, or not from unit noise, which it has no argument for.
+    """
+    levels, (_, height, width) = noise_levels(pipe), pipe.latent_shape()
+    if not APPS[pipe.config.family].stable_diffusion_cpp:
+        raise Mistake(f"stable-diffusion.cpp does not draw a {pipe.config.family}")
+    if abs(levels.factor - 1) > 0.005:
+        raise Mistake(
+            f"stable-diffusion.cpp starts from σ z and has no factor on the noise, which must be {levels.factor:.3f} "
+            "here: only an export with --input_noise scaled, or with t* = 999, runs there"
+        )
+    prediction = " --prediction v" if pipe.schedule.prediction_type == "v_prediction" else ""
+    return (
+        f'sd-cli -m {name}.safetensors -p "{prompt}" --sampling-method lcm --steps {len(pipe.timesteps)} '
+        f'--sigmas "{levels.text()}" --cfg-scale 1 -W {width * pipe.grid.factor} -H {height * pipe.grid.factor} '
+        f"--rng cpu{prediction}"
+    )
+
+
+def openvino(pipe, name):
+    """The line that converts the stock layout for OpenVINO.
+
+    Raises:
+        Mistake: if optimum has no task for the family.
+    """
+    task = APPS[pipe.config.family].task
+    if task is None:
+        raise Mistake(f"optimum-cli exports no {pipe.config.family} to OpenVINO")
+    return f"optimum-cli export openvino --model {name}_diffusers --task {task} --weight-format fp16 {name}_openvino"
+
+
+def where_it_runs(pipe, name, prompt):
+    """Markdown: for each program the numbers that draw the export's pictures, or why it cannot draw them."""
+
+    def attempt(line, *args):
+        try:
+            return f"`{line(*args)}`"
+        except Mistake as error:
+            return str(error)
+
+    levels, sigma = noise_levels(pipe), pipe.schedule.sigmas[pipe.timesteps[0]].item()
+    times, scaled = ", ".join(map(str, pipe.timesteps)), pipe.config.input_noise == "scaled"
+    diffusers = "1" if not scaled else f"{sigma:.3f}: give `latents` = {sigma:.4f} z"
+    rows = ["| program | noise levels | factor on its noise | how |", "|---|---|---|---|"]
+    rows.append(f"| diffusers, this pipeline | t = {times} | 1 | `DiffusionPipeline.from_pretrained` |")
+    rows.append(f"| diffusers, stock pipeline, `LCMScheduler` | `timesteps=[{times}]` | {diffusers} | no guidance |")
+    try:
+        app = find_app(pipe)
+    except Mistake as error:
+        return "\n".join(rows) + f"\n\nElsewhere: {error}."
+    k, graph = f'"{levels.text(4)}"', f"`{name}_workflow.json`"
+    rows.append(f"| ComfyUI, sampler `lcm`, cfg 1 | `ManualSigmas` {k} | {levels.factor:.3f} | {graph} |")
+    if app.stable_diffusion_cpp:
+        how = attempt(stable_diffusion_cpp, pipe, name, prompt)
+        rows.append(f"| stable-diffusion.cpp | `--sigmas` {k} | {levels.factor:.3f}; it has 1 | {how} |")
+    if app.task:
+        rows.append(f"| OpenVINO | as the stock pipeline | {diffusers} | `{openvino(pipe, name)}` |")
+    return "\n".join(rows)

@@ -1,0 +1,92 @@
+"""A Space: the page, an app that shows it, and the model beside them."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from diff_instruct.export import page
+
+
+APP = '''\
+"""Draws with the one-step generator in {where}."""
+
+{imports}import torch
+from diffusers import DiffusionPipeline
+
+import page
+
+
+torch.set_grad_enabled(False)
+pipe = DiffusionPipeline.from_pretrained({source}, trust_remote_code=True{dtype}).to("{device}")
+pipe.set_progress_bar_config(disable=True)
+
+
+{decorator}def draw(prompt, z, generators):
+    """Pixels (n, 3, H, W) in [0, 1]."""
+    return pipe([prompt] * len(z), latents=z.to(pipe.dtype), generator=generators, output_type="pt").images
+
+
+model = page.Model({name}, draw, pipe.latent_shape())
+content = page.Content({title}, {text}, {examples})
+
+if __name__ == "__main__":
+    page.launch(page.build(model, content))
+'''
+CARD = """\
+---
+title: {title}
+emoji: 🖼️
+colorFrom: yellow
+colorTo: red
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+pinned: false
+short_description: {short}
+suggested_hardware: {hardware}
+{extra}---
+
+# {title}
+
+{text}
+"""
+
+
+def write_space(folder, title, text, examples, pipe=None, hub_model=None, zero_gpu=False, license=None):
+    """Write the Space to a folder.
+
+    Args:
+        pipe ([`OneStepPipeline`], *optional*): written to `model/` in the Space; or
+        hub_model (*optional*): the model's id on the Hub, which the Space loads.
+        zero_gpu: for ZeroGPU hardware: half precision, and a GPU for the time of a call; else it runs on the CPU.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hub_model is None:
+        pipe.save_pretrained(folder / "model")
+    hardware = "zero-a10g" if zero_gpu else "cpu-basic"
+    extra = f"license: {license}\n" if license else ""
+    if hub_model is not None:
+        extra += f"models:\n- {hub_model}\npreload_from_hub:\n- {hub_model}\n"
+    app = APP.format(
+        where="model/" if hub_model is None else hub_model,
+        source=repr(hub_model) if hub_model else 'str(page.HERE / "model")',
+        imports="import spaces\n" if zero_gpu else "",
+        decorator="@spaces.GPU(duration=15)\n" if zero_gpu else "",
+        dtype=", dtype=torch.float16" if zero_gpu else "",
+        device="cuda" if zero_gpu else "cpu",
+        name=repr(title),
+        title=repr(title),
+        text=repr(text),
+        examples=repr(list(examples)),
+    )
+    (folder / "app.py").write_text(app)
+    shutil.copyfile(page.__file__, folder / "page.py")
+    packages = ["torch", "diffusers", "transformers", "accelerate", "safetensors"]
+    needs = [f"{name}=={version(name).partition('+')[0]}" for name in packages] + ["sentencepiece", "protobuf"]
+    (folder / "requirements.txt").write_text("\n".join([*needs, *(["spaces"] if zero_gpu else [])]) + "\n")
+    head = {"title": json.dumps(title), "text": text, "gradio": version("gradio"), "hardware": hardware}
+    card = CARD.format(**head, extra=extra, short="A one-step text-to-image generator")
+    (folder / "README.md").write_text(card.replace(f"# {json.dumps(title)}", f"# {title}"))

@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Write an exported generator for the programs that people draw with: ComfyUI, Forge, stable-diffusion.cpp, OpenVINO.
+
+`python export_for_apps.py EXPORT DIR` writes what the family has a layout for, in float16: one file in the original
+layout, the network alone, the LoRA in kohya's keys, a ComfyUI workflow, the stock diffusers pipeline, and a page with
+the noise levels and command lines of each program.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+from diff_instruct.evaluation.candidates import check_one_step, is_one_step
+from diff_instruct.export.apps import find_app, where_it_runs, workflow
+from diff_instruct.export.card import LORA_WEIGHTS
+from diff_instruct.export.kohya import kohya_lora
+from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
+from diff_instruct.export.stock import stock_pipeline
+from diff_instruct.mistake import Mistake
+from diff_instruct.models.sources import read_index
+
+
+KINDS = ("single_file", "network", "lora", "workflow", "diffusers")
+
+
+def build_parser():
+    """All arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("export", help="folder or Hub id of what the training script exports")
+    add("folder", help="where the files are written")
+    add("--write", nargs="+", choices=KINDS, help="default: all that the family has a layout for")
+    add("--name", help="what the files are called; default: the name of the export")
+    add("--prompt", default="a red apple", help="in the workflow and the command lines")
+    add("--trust_remote_code", action="store_true", help="run the pipeline_one_step.py of an export on the Hub")
+    add("--cache_dir", help="where downloads are kept")
+    return parser
+
+
+def load_export(path, trust_remote_code=False, cache_dir=None, dtype=torch.float32):
+    """The `OneStepPipeline` of a folder or Hub id.
+
+    Raises:
+        Mistake: if it is none, is not whole, or would run code of the Hub without leave.
+    """
+    index = read_index(path, cache_dir=cache_dir)
+    if not is_one_step(index):
+        raise Mistake(f"{path} is a {index['_class_name']}, not an export: give what the training script writes")
+    if not (Path(path).is_dir() or trust_remote_code):
+        raise Mistake(f"{path} brings its own pipeline_one_step.py: look at it, then add --trust_remote_code")
+    check_one_step(path, index, None, cache_dir)
+    return DiffusionPipeline.from_pretrained(path, trust_remote_code=True, cache_dir=cache_dir, dtype=dtype)
+
+
+def can_write(pipe, path):
+    """The kinds of files that an export can be written to, in order.
+
+    Raises:
+        Mistake: if there are none.
+    """
+    app = find_app(pipe)
+    lacks = set() if app.single_file else {"single_file"}
+    if not (Path(path) / LORA_WEIGHTS).is_file():
+        lacks.add("lora")
+    return [kind for kind in KINDS if kind not in lacks]
+
+
+def write(pipe, path, folder, name, kinds, prompt):
+    """Write each of the kinds; returns the paths, relative to the folder."""
+    family, written = pipe.config.family, []
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def weights(suffix, state):
+        state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in state.items()}
+        save_file(state, folder / f"{name}{suffix}.safetensors", metadata={"format": "pt"})
+        written.append(f"{name}{suffix}.safetensors")
+
+    if "single_file" in kinds:
+        weights("", single_file(pipe, family))
+    if "network" in kinds and pipe.unet is not None:
+        weights("_unet", unet_layout(pipe.unet))
+    elif "network" in kinds:  # no original layout in diffusers: its own, which ComfyUI reads; and the VAE
+        weights("_transformer", pipe.transformer.state_dict())
+        weights("_vae", {k.partition(".")[2]: v for k, v in vae_layout(pipe.vae).items()})
+    if "lora" in kinds:
+        weights("_lora", kohya_lora(Path(path) / LORA_WEIGHTS))
+    if "workflow" in kinds:
+        (folder / f"{name}_workflow.json").write_text(json.dumps(workflow(pipe, name, prompt), indent=2) + "\n")
+        written.append(f"{name}_workflow.json")
+    if "diffusers" in kinds:
+        stock_pipeline(pipe).save_pretrained(folder / f"{name}_diffusers")
+        written.append(f"{name}_diffusers")
+    page = f"# Where {name} runs\n\nWritten: {', '.join(written)}.\n\n{where_it_runs(pipe, name, prompt)}\n"
+    (folder / f"{name}_apps.md").write_text(page)
+    return [*written, f"{name}_apps.md"]
+
+
+def main(args):
+    pipe = load_export(args.export, args.trust_remote_code, args.cache_dir, torch.float16)
+    possible = can_write(pipe, args.export)
+    for kind in args.write or ():
+        if kind not in possible:
+            raise Mistake(
+                f"--write {kind}: {args.export} is a {pipe.config.family}"
+                f"{' without LoRA' if kind == 'lora' else ''}, which can be written to {', '.join(possible)}"
+            )
+    name = f"{args.name or Path(args.export).resolve().name}_{len(pipe.timesteps)}step"
+    written = write(pipe, args.export, Path(args.folder), name, args.write or possible, args.prompt)
+    print((Path(args.folder) / written[-1]).read_text())
+
+
+if __name__ == "__main__":
+    try:
+        main(build_parser().parse_args())
+    except Mistake as error:
+        sys.exit(f"error: {error}")
