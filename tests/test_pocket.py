@@ -4,6 +4,7 @@ import colorsys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.mistake import Mistake
@@ -12,9 +13,9 @@ from diff_instruct.models.sources import read_models
 from diff_instruct.rewards.loading import load_reward
 from diff_instruct.rewards.specs import RewardSpec
 from diff_instruct.training.arguments import parse_args
-from pocket import icons, truth, world
+from pocket import icons, measure, truth, world
 from pocket.build import retrieval_rate
-from pocket.fit import learning_rate
+from pocket.fit import fit, learning_rate, steps_done
 
 
 def discs(size=64):
@@ -126,3 +127,43 @@ def test_the_truth_judges_and_does_not_train(tmp_path, tiny_pocket):
 def test_learning_rate_warms_up_holds_and_falls():
     rates = [learning_rate(step, 1000, 1.0, warmup=100, hold=0.8) for step in (0, 99, 500, 800, 999)]
     assert rates[0] == pytest.approx(0.01) and rates[1:4] == [1.0, 1.0, 1.0] and rates[4] < 0.03
+
+
+def test_a_stage_that_was_killed_continues_exactly(tmp_path):
+    def run(folder, stop=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        network, calls = torch.nn.Linear(3, 2), []
+
+        def loss_fn(generator):
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return (network(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+
+        fit("line", [network], loss_fn, steps=9, lr=1e-2, work_dir=folder, accelerator=Accelerator(cpu=True), every=3)
+        return network.weight.detach(), len(calls)
+
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop=5)
+    assert steps_done("line", tmp_path / "killed") == 3
+    continued, n = run(tmp_path / "killed")
+    assert n == 6 and torch.equal(continued, whole)
+    again, n = run(tmp_path / "killed")
+    assert n == 0 and torch.equal(again, whole)
+
+
+def test_pictures_are_drawn_from_pairs_that_are_shown_or_held_out():
+    """Two icons of which one, a red fish, is held out: what is picked to be measured is of its own group only."""
+    entries = [{"noun": n, "colour": c, "set": "noto"} for n, c in (("fish", "red"), ("bear", "blue"))]
+    rgba = torch.full((2, 4, 64, 64), 255, dtype=torch.uint8)
+    rgba[0, 3] = 0
+    pairs = torch.tensor([(0, 3), (0, 4), (1, 3), (1, 4)])
+    small = world.World(rgba, entries, pairs, torch.tensor([True, True, False, False]))
+    assert sorted(measure.some_pairs(small, True, 5).tolist()) == [0, 1]
+    assert sorted(measure.some_pairs(small, False, 5).tolist()) == [2, 3]
+    assert small.captions()[1] == "a red fish on a green background"
+    pixels = small.pixels(torch.tensor([1, 3]))
+    assert torch.equal(pixels[0, :, 0, 0] * 255, torch.tensor(world.BACKGROUNDS["green"]).float())
+    assert pixels[1].min() == 1  # opaque white covers it
