@@ -10,10 +10,26 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 
-def fit(name, networks, loss_fn, steps, lr, work_dir, accelerator, ema_decay=0.999, warmup=100, every=500, seed=0):
+def learning_rate(step, steps, lr, warmup, hold):
+    """Linear warm-up, then constant until the share `hold` of the steps, then a cosine to 2%."""
+    progress = max(0, step / steps - hold) / (1 - hold)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
+
+
+def steps_done(name, work_dir):
+    """How many steps the last state of a stage has seen; raises FileNotFoundError if it has none."""
+    return torch.load(Path(work_dir) / f"{name}.pt", map_location="cpu", weights_only=True)["step"]
+
+
+def fit(
+    name, networks, loss_fn, steps, lr, work_dir, accelerator,
+    ema_decay=0.999, warmup=100, hold=0.0, every=250, seed=0,
+):  # fmt: skip
     """Minimise `loss_fn(generator) -> scalar` over the parameters of `networks`; leaves their averages in them.
 
-    The random numbers of step n come from (seed, n) alone, so a stage that was killed continues exactly.
+    The random numbers of step n come from (seed, n) alone, so a stage that was killed continues exactly; the learning
+    rate is that of `learning_rate`.
     Writes `work_dir/<name>.csv` (step, loss, lr) and `work_dir/<name>.pt`; a finished stage only loads its result.
     """
     state_file, log_file = Path(work_dir) / f"{name}.pt", Path(work_dir) / f"{name}.csv"
@@ -32,9 +48,8 @@ def fit(name, networks, loss_fn, steps, lr, work_dir, accelerator, ema_decay=0.9
     rows = []
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     for step in bar:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
+            group["lr"] = learning_rate(step, steps, lr, warmup, hold)
         with accelerator.autocast():
             loss = loss_fn(torch.Generator().manual_seed(seed * 1_000_003 + step))
         loss.backward()

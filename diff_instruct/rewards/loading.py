@@ -15,6 +15,7 @@ from diff_instruct.rewards.image_reward import ImageReward
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
+from diff_instruct.rewards.pocket_truth import PocketTruth
 
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -35,6 +36,7 @@ REWARDS = {  # a key for each of specs.NAMES
     "aesthetic": Aesthetic.from_pretrained,
     "pocket": partial(pocket_scorer, "pocket", "scorer"),
     "pocket_heldout": partial(pocket_scorer, "pocket_heldout", "scorer_heldout"),
+    "pocket_truth": partial(PocketTruth.from_pretrained, POCKET / "scorer_heldout"),
 }
 
 

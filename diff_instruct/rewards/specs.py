@@ -7,7 +7,8 @@ from pathlib import Path
 from diff_instruct.mistake import Mistake
 
 
-NAMES = ("image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic", "pocket", "pocket_heldout")
+TRAINABLE = ("image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic", "pocket", "pocket_heldout")
+NAMES = (*TRAINABLE, "pocket_truth")  # a measurement, without gradient
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_rewards(args):
     `--heldout_reward` and `--reward_checkpoint`.
 
     Raises:
-        Mistake: see `RewardSpec`; or for one name twice, caps of what is not trained, entries that cannot be read.
+        Mistake: see `RewardSpec`; or for one name twice, caps of what is not trained, entries that cannot be read, a
+            measurement among what is trained.
     """
     checkpoints = read_checkpoints(args.reward_checkpoint)
     weights = [split_number("reward", entry) for entry in args.reward]
@@ -73,6 +75,9 @@ def read_rewards(args):
         RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name))
         for (name, weight), label in zip(weights, labels)
     )
+    measured = [spec.name for spec in trained if spec.file is None and spec.name not in TRAINABLE]
+    if measured:
+        raise Mistake(f"--reward {measured[0]}: it only judges, without gradient; give it as --heldout_reward")
     heldout = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in args.heldout_reward or [])
     check_labels([*trained, *heldout])
     return trained, heldout
