@@ -354,7 +354,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(quick_args, small_disk, capsys):
-    """It fills after a checkpoint: what cannot be written of logs and checkpoints is told, the last whole one stays, the
+    """It fills after a checkpoint: what cannot be written of logs and checkpoints is told, the last whole stays, the
     export ends the run with one line; with room again the same command exports what a run with room would have."""
     out = small_disk / "out"
     command = [*quick_args, "--output_dir", out, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
