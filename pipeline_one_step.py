@@ -3,8 +3,8 @@
 
 A generator that was trained for it takes a few such steps, one evaluation at each of several fixed timesteps.
 
-It runs three families: PixArt-α, Stable Diffusion (1.x and 2.x) and SDXL. This file travels with the weights, so it
-needs nothing but torch, diffusers and transformers:
+It runs the families in `FAMILIES`: PixArt-α, Stable Diffusion and SDXL; and of flow matching SD3, Sana, Z-Image, FLUX,
+Qwen-Image and Lumina 2. This file travels with the weights, so it needs nothing but torch, diffusers and transformers:
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
@@ -123,11 +123,17 @@ class Family:
     conditions = {}  # what c consists of, and the arguments of the pipeline that give it
     max_sequence_length = None  # tokens that prompts are cut to, where the tokenizer does not say
     embedded_guidance = None  # of networks that take a guidance scale as an input: the stock's
+    null_prompt = ""  # what ∅ is the encoding of
 
     @staticmethod
     def encode_prompt(pipe, prompt):
         """c, a `dict` of tensors with B rows, of a list of B prompts."""
         raise NotImplementedError
+
+    @classmethod
+    def encode_null(cls, pipe):
+        """∅, a `dict` of tensors with one row, as the stock pipeline guides away from."""
+        return cls.encode_prompt(pipe, [cls.null_prompt])
 
     @staticmethod
     def denoise(pipe, network, x_t, t, c):
@@ -226,10 +232,330 @@ class StableDiffusionXL(Family):
         )[0]
 
 
+def tokenize(tokenizer, text_encoder, prompt, length=None):
+    """Tokens of B prompts, padded on the right to one length (by default the tokenizer's), where the encoder is."""
+    options = {"padding": "max_length", "padding_side": "right", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(prompt, max_length=length, **options).to(device_of(text_encoder))
+
+
+def masked_tokens(c, dtype):
+    """The rows of tokens of c, a list of B tensors (L_i, D), without their padding."""
+    return [e[m.bool()].to(dtype) for e, m in zip(c["encoder_hidden_states"], c["encoder_attention_mask"])]
+
+
+def pack(x):
+    """Latents (B, C, H, W) to tokens of 2×2 patches, (B, HW/4, 4C)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens, shape):
+    """The inverse of `pack` for latents of this shape."""
+    b, c, h, w = shape
+    return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+
+def positions(height, width, axes, device):
+    """Ids (height · width, axes) of a grid of tokens: 0, row, column, and zeros for further axes."""
+    ids = torch.zeros(height, width, axes, device=device)
+    ids[..., 1] += torch.arange(height, device=device)[:, None]
+    ids[..., 2] += torch.arange(width, device=device)
+    return ids.view(-1, axes)
+
+
+class StableDiffusion3(Family):
+    """SD3 and 3.5: a transformer that attends to the states of two CLIPs and of T5, padding included; pooled CLIPs."""
+
+    max_sequence_length = 256
+    conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        states, pooled = [], []
+        for tokenizer, text_encoder in (
+            (pipe.tokenizer, pipe.text_encoder),
+            (pipe.tokenizer_2, pipe.text_encoder_2),
+        ):
+            tokens = tokenize(tokenizer, text_encoder, prompt)
+            output = text_encoder(tokens.input_ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        clips, length = torch.cat(states, dim=-1), pipe.config.max_sequence_length
+        if pipe.text_encoder_3 is None:  # the model may be used without its largest encoder
+            t5 = clips.new_zeros(len(clips), length, pipe.denoiser.config.joint_attention_dim)
+        else:
+            tokens = tokenize(pipe.tokenizer_3, pipe.text_encoder_3, prompt, length)
+            t5 = pipe.text_encoder_3(tokens.input_ids)[0]
+        clips = torch.nn.functional.pad(clips, (0, t5.shape[-1] - clips.shape[-1]))
+        embeds = torch.cat([clips, t5.to(clips.device)], dim=1)
+        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat(pooled, dim=-1)}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        c = {k: v.to(x_t.dtype) for k, v in c.items()}
+        return network(hidden_states=x_t, timestep=t, **c, return_dict=False)[0]
+
+
+class Sana(Family):
+    """Sana: a transformer that attends to Gemma's states, under their mask; the instruction before each prompt is the
+    stock's, and is cut off again."""
+
+    max_sequence_length = 300
+    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        from diffusers import SanaPipeline  # here: nobody else waits for it
+
+        stock_call = inspect.signature(SanaPipeline.__call__).parameters
+        instruction = "\n".join(stock_call["complex_human_instruction"].default)
+        return Sana.encode(pipe, prompt, instruction, len(pipe.tokenizer.encode(instruction)) - 2)
+
+    @classmethod
+    def encode_null(cls, pipe):
+        return cls.encode(pipe, [""])  # without the instruction
+
+    @staticmethod
+    def encode(pipe, prompt, instruction="", length=0):
+        kept, prompt = pipe.config.max_sequence_length, [instruction + p.lower().strip() for p in prompt]
+        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, length + kept)
+        embeds = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        c = {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
+        return {k: torch.cat([v[:, :1], v[:, 1 - kept :]], dim=1) for k, v in c.items()}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c, **options):
+        options = options or {"timestep": t * pipe.denoiser.config.timestep_scale}
+        mask, c = c["encoder_attention_mask"], c["encoder_hidden_states"].to(x_t.dtype)
+        output = network(x_t, encoder_hidden_states=c, encoder_attention_mask=mask, return_dict=False, **options)
+        return output[0][:, : x_t.shape[1]]
+
+    @staticmethod
+    def grid(network, vae):
+        factor = 2 ** (len(vae.encoder_block_out_channels) - 1)
+        return Grid(network.in_channels, factor, factor * network.patch_size, network.sample_size * factor)
+
+
+class SanaSprint(Sana):
+    """Sana-Sprint: Sana with guidance as an input. It knows no ∅. Its trigonometric flow at angle a is the straight one
+    at σ = sin a / (sin a + cos a), which is what its network takes as the time."""
+
+    embedded_guidance = 4.5
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        guidance = pipe.config.embedded_guidance * pipe.denoiser.config.guidance_embeds_scale
+        guidance = torch.full((len(t),), guidance, dtype=x_t.dtype, device=t.device)
+        return Sana.denoise(pipe, network, x_t, t, c, timestep=t / pipe.schedule.steps, guidance=guidance)
+
+
+class ZImage(Family):
+    """Z-Image: a transformer over the tokens of image and prompt (Qwen3's states of a chat); x0 − ε, time runs up."""
+
+    max_sequence_length = 512
+    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        chat = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        prompt = [pipe.tokenizer.apply_chat_template([{"role": "user", "content": p}], **chat) for p in prompt]
+        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, pipe.config.max_sequence_length)
+        mask = tokens.attention_mask
+        output = pipe.text_encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
+        return {"encoder_hidden_states": output.hidden_states[-2], "encoder_attention_mask": mask}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        time, images = (pipe.schedule.steps - t) / pipe.schedule.steps, list(x_t.unsqueeze(2).unbind())
+        output = network(images, time, masked_tokens(c, x_t.dtype), return_dict=False)[0]
+        return -torch.stack(output).squeeze(2)
+
+    @staticmethod
+    def grid(network, vae):
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        return Grid(network.in_channels, factor, 2 * factor, 128 * factor)
+
+
+class Flux(Family):
+    """FLUX.1: a transformer over the tokens of image and prompt (T5's states, padding included), with CLIP's pooled
+    state; dev takes guidance as an input."""
+
+    max_sequence_length = 512
+    conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    embedded_guidance = 3.5
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt)
+        pooled = pipe.text_encoder(tokens.input_ids).pooler_output
+        tokens = tokenize(pipe.tokenizer_2, pipe.text_encoder_2, prompt, pipe.config.max_sequence_length)
+        return {"encoder_hidden_states": pipe.text_encoder_2(tokens.input_ids)[0], "pooled_projections": pooled}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        c, guidance = {k: v.to(x_t.dtype) for k, v in c.items()}, pipe.config.embedded_guidance
+        output = network(
+            hidden_states=pack(x_t),
+            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
+            guidance=None if guidance is None else torch.full((len(t),), guidance, device=t.device),
+            txt_ids=torch.zeros(c["encoder_hidden_states"].shape[1], 3, device=t.device),
+            img_ids=positions(x_t.shape[2] // 2, x_t.shape[3] // 2, 3, t.device),
+            return_dict=False,
+            **c,
+        )
+        return unpack(output[0], x_t.shape)
+
+    @staticmethod
+    def grid(network, vae):
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
+
+
+class Flux2Klein(Family):
+    """FLUX.2 klein: a transformer over the tokens of image and prompt (three of Qwen3's states of a chat, padding
+    included). A latent is a 2×2 patch of the VAE's, normalised by the VAE's batch statistics."""
+
+    max_sequence_length = 512
+    conditions = {"encoder_hidden_states": "prompt_embeds"}
+
+    @staticmethod
+    def encode_prompt(pipe, prompt):
+        chat = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        prompt = [pipe.tokenizer.apply_chat_template([{"role": "user", "content": p}], **chat) for p in prompt]
+        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, pipe.config.max_sequence_length)
+        options = {"attention_mask": tokens.attention_mask, "output_hidden_states": True, "use_cache": False}
+        states = pipe.text_encoder(tokens.input_ids, **options).hidden_states
+        return {"encoder_hidden_states": torch.cat([states[k] for k in (9, 18, 27)], dim=-1)}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        (b, _, height, width), c = x_t.shape, c["encoder_hidden_states"].to(x_t.dtype)
+        txt_ids = torch.zeros(b, c.shape[1], 4, device=t.device)
+        txt_ids[..., 3] += torch.arange(c.shape[1], device=t.device)
+        output = network(
+            hidden_states=x_t.flatten(2).transpose(1, 2),
+            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
+            guidance=None,
+            encoder_hidden_states=c,
+            txt_ids=txt_ids,
+            img_ids=positions(height, width, 4, t.device).expand(b, -1, -1),
+            return_dict=False,
+        )
+        return output[0].transpose(1, 2).reshape(x_t.shape)
+
+    @staticmethod
+    def grid(network, vae):
+        factor = 2 ** len(vae.block_out_channels)
+        return Grid(network.in_channels, factor, factor, 64 * factor)
+
+    @staticmethod
+    def decode(pipe, x0):
+        statistics, (b, c, h, w) = pipe.vae.bn, x0.shape
+        std = (statistics.running_var.to(x0) + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        x0 = (x0 * std + statistics.running_mean.to(x0).view(1, -1, 1, 1)).view(b, c // 4, 2, 2, h, w)
+        latents = x0.permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+
+
+class QwenImage(Family):
+    """Qwen-Image: a transformer over the tokens of image and prompt (Qwen2.5-VL's states of a chat, without those of
+    the system's message), under a mask; the VAE is that of a video, here of one frame."""
+
+    max_sequence_length = 512
+    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    null_prompt = " "
+    template = (  # what the model was trained with, 34 tokens before the prompt
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+        "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    before = 34
+
+    @classmethod
+    def encode_prompt(cls, pipe, prompt):
+        options = {"padding": True, "padding_side": "right", "truncation": True, "return_tensors": "pt"}
+        prompt, length = [cls.template.format(p) for p in prompt], pipe.config.max_sequence_length
+        tokens = pipe.tokenizer(prompt, max_length=length + cls.before, **options).to(device_of(pipe.text_encoder))
+        mask = tokens.attention_mask
+        states = pipe.text_encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return {"encoder_hidden_states": states[-1][:, cls.before :], "encoder_attention_mask": mask[:, cls.before :]}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        b, _, height, width = x_t.shape
+        output = network(
+            hidden_states=pack(x_t),
+            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
+            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
+            encoder_hidden_states_mask=c["encoder_attention_mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * b,
+            return_dict=False,
+        )
+        return unpack(output[0], x_t.shape)
+
+    @staticmethod
+    def grid(network, vae):
+        factor = 2 ** len(vae.temperal_downsample)
+        return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
+
+    @staticmethod
+    def decode(pipe, x0):
+        """Through the VAE's parts: its `decode` clamps, and beyond [−1, 1] a reward would have no gradient."""
+        vae = pipe.vae
+        if hasattr(vae, "_hf_hook"):  # with accelerate's offloading
+            vae._hf_hook.pre_forward(vae)
+        mean, std = (
+            torch.tensor(v, device=x0.device).view(1, -1, 1, 1)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = (x0 * std + mean).to(vae.dtype).unsqueeze(2)
+        return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
+
+
+class Lumina2(Family):
+    """Lumina-Image 2.0: a transformer over the tokens of image and prompt (Gemma's states); x0 − ε, time runs up."""
+
+    max_sequence_length = 256
+    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    instruction = (  # what the model was trained with
+        "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
+        "based on textual prompts or user prompts. <Prompt Start> "
+    )
+
+    @classmethod
+    def encode_prompt(cls, pipe, prompt):
+        return cls.encode(pipe, [cls.instruction + p for p in prompt])
+
+    @classmethod
+    def encode_null(cls, pipe):
+        return cls.encode(pipe, [""])  # without the instruction
+
+    @staticmethod
+    def encode(pipe, prompt):
+        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, pipe.config.max_sequence_length)
+        mask = tokens.attention_mask
+        output = pipe.text_encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
+        return {"encoder_hidden_states": output.hidden_states[-2], "encoder_attention_mask": mask}
+
+    @staticmethod
+    def denoise(pipe, network, x_t, t, c):
+        mask, c = c["encoder_attention_mask"], c["encoder_hidden_states"].to(x_t.dtype)
+        time, masked = 1 - t / pipe.schedule.steps, {"encoder_hidden_states": c, "encoder_attention_mask": mask}
+        return -network(hidden_states=x_t, timestep=time, **masked, return_dict=False)[0]
+
+
 FAMILIES = {
     "PixArtAlphaPipeline": PixArtAlpha,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
+    "ZImagePipeline": ZImage,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
+    "QwenImagePipeline": QwenImage,
+    "Lumina2Pipeline": Lumina2,
 }
 
 
@@ -254,7 +580,7 @@ class OneStepPipeline(DiffusionPipeline):
 
     Args:
         tokenizer, text_encoder: turn the prompt into the conditioning c: T5 for PixArt-α, CLIP for Stable Diffusion.
-        tokenizer_2, text_encoder_2: SDXL's second CLIP.
+        tokenizer_2, text_encoder_2: the second ones of SDXL, SD3 and FLUX.1; tokenizer_3, text_encoder_3: SD3's T5.
         vae: decodes latents to pixels.
         transformer, unet: the generator, one of the two.
         scheduler: holds the noise schedule and the prediction type; it is not stepped here.
@@ -264,14 +590,24 @@ class OneStepPipeline(DiffusionPipeline):
         input_noise (`str`, defaults to "unit"): what enters at t*: z ("unit"), or σ_t z ("scaled"), as ComfyUI and
             SIM's checkpoints have it. The same thing at σ = 1.
         max_sequence_length (`int`, defaults to the family's): prompts are cut to this number of tokens.
+        embedded_guidance (`float`, defaults to the family's): what networks with guidance as an input are given.
 
     Raises:
         ValueError: if t* is missing or lies outside the schedule, several do not descend, not just one network is
             given, or a config value is unknown.
     """
 
-    _optional_components = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "unet"]
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->unet->vae"
+    _optional_components = [
+        "tokenizer",
+        "text_encoder",
+        "tokenizer_2",
+        "text_encoder_2",
+        "tokenizer_3",
+        "text_encoder_3",
+        "transformer",
+        "unet",
+    ]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->unet->vae"
 
     def __init__(
         self,
@@ -279,6 +615,8 @@ class OneStepPipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel,
         tokenizer_2: PreTrainedTokenizerBase,
         text_encoder_2: PreTrainedModel,
+        tokenizer_3: PreTrainedTokenizerBase,
+        text_encoder_3: PreTrainedModel,
         vae: ModelMixin,
         transformer: ModelMixin,
         unet: ModelMixin,
@@ -287,6 +625,7 @@ class OneStepPipeline(DiffusionPipeline):
         family: str = None,
         input_noise: str = "unit",
         max_sequence_length: int = None,
+        embedded_guidance: float = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -296,6 +635,8 @@ class OneStepPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer_2=tokenizer_2,
             text_encoder_2=text_encoder_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder_3=text_encoder_3,
             vae=vae,
             transformer=transformer,
             unet=unet,
@@ -307,11 +648,14 @@ class OneStepPipeline(DiffusionPipeline):
         if input_noise not in ("unit", "scaled"):
             raise ValueError(f"input_noise must be unit or scaled, but is {input_noise}")
         self.family, self.schedule = FAMILIES[family], Schedule(scheduler)
+        if embedded_guidance is None and self.denoiser.config.get("guidance_embeds"):
+            embedded_guidance = self.family.embedded_guidance
         self.register_to_config(
             timestep=timestep,
             family=family,
             input_noise=input_noise,
             max_sequence_length=max_sequence_length or self.family.max_sequence_length,
+            embedded_guidance=embedded_guidance,
         )
         first, last = self.schedule.first, self.schedule.last
         self.timesteps = list(timestep) if isinstance(timestep, (list, tuple)) else [timestep]
@@ -345,10 +689,14 @@ class OneStepPipeline(DiffusionPipeline):
         """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
 
         Returns:
-            `dict`: `encoder_hidden_states` (B, L, D); PixArt-α: `encoder_attention_mask` (B, L), L =
-            `max_sequence_length`; SDXL: `text_embeds` (B, D_pooled).
+            `dict`: `encoder_hidden_states` (B, L, D); where it is masked, `encoder_attention_mask` (B, L); where there
+            is a pooled state, `text_embeds` (SDXL) or `pooled_projections` (SD3, FLUX.1), (B, D_pooled).
         """
         return self.family.encode_prompt(self, prompt)
+
+    def encode_null(self):
+        """∅, one row: what the family's stock pipeline guides away from."""
+        return self.family.encode_null(self)
 
     def denoise(self, network, x_t, t, c):
         """One evaluation of a network of this family: its prediction for noisy latents, in float32.
@@ -434,7 +782,7 @@ class OneStepPipeline(DiffusionPipeline):
             latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it. The noise
                 of further steps always comes from `generator`.
             prompt_embeds (`torch.Tensor`, (B, L, D), *optional*): encoded prompts, with
-                prompt_attention_mask ((B, L)) for PixArt-α, or pooled_prompt_embeds ((B, D)) for SDXL.
+                prompt_attention_mask ((B, L)) or pooled_prompt_embeds ((B, D)), where the family has them.
             output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
             return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
 

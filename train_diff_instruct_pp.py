@@ -189,7 +189,7 @@ def main(args):
         most = images_per_step * (warmup + (args.ta_steps + 1) * total)
         others = ["", *eval_prompts, *validation_prompts]
         fill_cache(args, encode, train_prompts, others, most, accelerator.process_index, processes)
-    null = models.family.null(actors.stock, encode)
+    null = models.family.null(actors.stock, pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
 
     prompts_of_step = []

@@ -197,7 +197,7 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
     with torch.no_grad():
         c, null = (
             pipe.denoise(reference, z * scale_z, t, e)
-            for e in (encode(["blue cat"]), models.family.null(stock, encode))
+            for e in (encode(["blue cat"]), models.family.null(stock, pipe, encode))
         )
     torch.testing.assert_close(null + scale * (c - null), guided[:, :4], atol=1e-5, rtol=1e-4)
 
@@ -205,7 +205,7 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
 def test_sdxl_null_is_zero_and_its_empty_prompt_is_not(family_args):
     _, models, stock, pipe = load(family_args("sdxl"))
     encode = Conditioning(pipe.encode_prompt, "cpu")
-    assert all((v == 0).all() for v in models.family.null(stock, encode).values())
+    assert all((v == 0).all() for v in models.family.null(stock, pipe, encode).values())
     assert all((v != 0).any() for v in encode([""]).values())
 
 

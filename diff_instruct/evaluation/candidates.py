@@ -34,7 +34,8 @@ class Contender:
     Args:
         name: what tables call it.
         path: folder or Hub id of a pipeline; with `base` also a network's folder or one weight file.
-        steps, guidance: sample it as a diffusion model, with α_cfg = guidance (1 is none).
+        steps, guidance: sample it as a diffusion model, with α_cfg = guidance (1 is none); for networks that take
+            guidance as an input (FLUX.1-dev, Sana-Sprint) it is that one.
         base: the pipeline that the network is put into; default: its own.
         timestep: t*, where a one-step model that does not say it itself is evaluated.
         noise: what enters there, "unit" (z) or "scaled" (σ_t z).
@@ -180,11 +181,13 @@ def one_step(pipe, resolution):
 
 def multi_step(models, stock, contender, resolution):
     """`load` of a stock pipeline that is sampled in several steps with its own scheduler."""
-    grid = models.grid
+    grid, family, guidance = models.grid, models.family, contender.guidance
+    if models.networks[models.denoiser].config.get("guidance_embeds"):  # what one calls guidance is its input
+        family, guidance = replace(family, embedded_guidance=guidance), 1.0
     side = resolution or grid.side
 
     def draw(prompts, n, z, generators):
-        options = contender.steps, contender.guidance, (side, side)
-        return models.family.sample(stock, prompts, z, *options, num_images=n, generator=generators)
+        options = contender.steps, guidance, (side, side)
+        return family.sample(stock, prompts, z, *options, num_images=n, generator=generators)
 
     return draw, (grid.channels, side // grid.factor, side // grid.factor)

@@ -1,6 +1,7 @@
 """The model card: what was measured, how to use it, what it is made of."""
 
 import json
+import math
 import shlex
 import sys
 from datetime import date
@@ -23,6 +24,12 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
 def stock_call(family, pipe, prompt):
     """The lines with which an exported generator runs in the stock pipeline of its family."""
     words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
+    sigmas = [t / pipe.schedule.steps for t in pipe.timesteps]
+    words |= {
+        "sigmas": sigmas,
+        "angles": [*(math.atan2(s, 1 - s) for s in sigmas), 0.0],
+    }  # σ = sin a / (sin a + cos a)
+    words["guidance"] = pipe.config.embedded_guidance or 0.0
     call = family.stock_call.format(**words)
     if pipe.config.input_noise == "unit":
         return call

@@ -20,11 +20,14 @@ from diff_instruct.models.lora import merged
 WAITS = (2, 10, 60)  # seconds between attempts to upload
 
 
-def save_lora(folder, stock_class, network):
+def save_lora(folder, family, network):
     """`pytorch_lora_weights.safetensors`, as the stock pipeline's `load_lora_weights` takes it."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name="generator"))
+    layers = get_peft_model_state_dict(network, adapter_name="generator")
+    if family.denoiser == "unet":  # transformers' are loaded under peft's names
+        layers = convert_state_dict_to_diffusers(layers)
     metadata = network.peft_config["generator"].to_dict()
-    stock_class.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    names = f"{family.denoiser}_lora_layers", f"{family.denoiser}_lora_adapter_metadata"
+    family.stock.save_lora_weights(folder, **dict(zip(names, (layers, metadata))))
 
 
 def save_frozen_parts(models, pipe, folder):
@@ -53,8 +56,8 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
     folder = Path(args.output_dir)
     if args.lora_rank > 0:
         network = pipe.denoiser
-        if models.family.has_lora_files:
-            save_lora(folder, models.family.stock, network)
+        if models.family.has_lora_files and models.lora is None:  # with one, the base is in no stock pipeline
+            save_lora(folder, models.family, network)
         pipe.register_modules(**{models.denoiser: merged(network, "generator")})
     pipe.save_pretrained(folder)
     save_frozen_parts(models, pipe, folder)

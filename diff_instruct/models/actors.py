@@ -43,7 +43,7 @@ def load_actors(models, device, dtype, autocast, args):
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
         network.to(device)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing and stock.vae._supports_gradient_checkpointing:  # Sana's and Qwen's do not
         stock.vae.enable_gradient_checkpointing()
     waiting = args.prompt_cache or args.offload_text_encoder  # until there are prompts to encode
     for name, part in stock.components.items():

@@ -1,7 +1,9 @@
 """Loads the reference and the generator (see `sources` for what is checked before)."""
 
+import copy
+
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from diff_instruct.models.lora import add_lora
@@ -10,12 +12,16 @@ from pipeline_one_step import OneStepPipeline
 
 
 def load_reference(models, dtype):
-    """The stock pipeline of the reference, frozen, its networks in `dtype`."""
+    """The stock pipeline of the reference, frozen, its networks in `dtype`, with its LoRA fused."""
     source, parts = models.reference, dict.fromkeys(models.family.unused)
     if models.vae is not None:
         cls = type(models.networks["vae"])
         parts["vae"] = cls.from_pretrained(models.vae.path, dtype=dtype, **models.vae.options)
     stock = models.family.stock.from_pretrained(source.path, dtype=dtype, **source.options, **parts)
+    if models.lora is not None:
+        stock.load_lora_weights(models.lora.path, cache_dir=models.lora.cache_dir)
+        stock.fuse_lora(components=[models.denoiser], lora_scale=models.lora.scale)
+        stock.unload_lora_weights()
     for name in models.networks:
         getattr(stock, name).requires_grad_(False).eval()
     return stock
@@ -24,6 +30,8 @@ def load_reference(models, dtype):
 def load_network(models, reference, dtype):
     """The network that the generator starts as: the reference's, or that of the generator's source."""
     cls, source = type(reference), models.generator
+    if source is None and models.lora is not None:  # which is in no file
+        return copy.deepcopy(reference).to(dtype)
     if source is None:
         where = {"subfolder": models.denoiser, **models.reference.options}
         return cls.from_pretrained(models.reference.path, dtype=dtype, **where)
@@ -37,6 +45,19 @@ def load_network(models, reference, dtype):
     network = cls.from_config(reference.config).to(dtype)
     network.load_state_dict(state)
     return network
+
+
+def shipped_scheduler(models, scheduler):
+    """What an export has: the noise schedule, in the form in which the stock pipeline takes timesteps as they are.
+
+    The published schedulers of flow matching shift the noise levels that they are given (Qwen-Image's even to NaN);
+    this one does not, and its further steps renoise as the generator's do.
+    """
+    if models.family.flow:
+        steps = scheduler.config.num_train_timesteps
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=1.0, stochastic_sampling=True)
+    options = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
+    return DDPMScheduler.from_config(scheduler.config, **options)
 
 
 def load_generator(models, stock, lora_rank=0, lora_alpha=None, share_base=False):
@@ -53,13 +74,12 @@ def load_generator(models, stock, lora_rank=0, lora_alpha=None, share_base=False
         add_lora(generator, "generator", lora_rank, lora_alpha, models.family.lora_targets)
     parts = {name: getattr(stock, name, None) for name in OneStepPipeline._optional_components}
     parts[models.denoiser] = generator
-    options = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
-    scheduler = DDPMScheduler.from_config(stock.scheduler.config, **options)
     return OneStepPipeline(
         **parts,
         vae=stock.vae,
-        scheduler=scheduler,
+        scheduler=shipped_scheduler(models, stock.scheduler),
         timestep=models.timestep,
-        family=models.family.stock.__name__,
+        family=models.family.name,
         input_noise=models.input_noise,
+        embedded_guidance=models.family.embedded_guidance,
     )

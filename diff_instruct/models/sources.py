@@ -1,7 +1,7 @@
 """Where models are from, and what can be known of them without their weights: family, t*, sizes, mistakes."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -15,11 +15,11 @@ from transformers.utils import cached_file
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.families import Family, find_family
-from pipeline_one_step import FAMILIES as PIPELINE_FAMILIES
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHT_FILES = (".safetensors", ".bin")
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "SCMScheduler")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them: a folder, a file or a Hub id; their scale."""
+
+    path: str
+    scale: float = 1.0
+    cache_dir: str | None = None
+
+    @classmethod
+    def parse(cls, text, cache_dir=None):
+        """From PATH_OR_ID[:SCALE]."""
+        path, _, scale = text.rpartition(":")
+        try:
+            return cls(path, float(scale), cache_dir) if path else cls(text, cache_dir=cache_dir)
+        except ValueError:
+            return cls(text, cache_dir=cache_dir)
+
+
+@dataclass(frozen=True)
 class Models:
     """What is known of the models before weights load.
 
@@ -52,6 +70,8 @@ class Models:
         networks: name to network of the reference, on the meta device, without memory for its weights.
         timestep: t*, where the generator is evaluated; or a list, if it takes several steps.
         input_noise: "unit" or "scaled", what enters there.
+        lora ([`Lora`]): fused into the reference, or None.
+        has_null: whether the reference knows ∅, so whether it can be guided.
     """
 
     reference: ModelSource
@@ -61,6 +81,8 @@ class Models:
     networks: dict
     timestep: int | list[int]
     input_noise: str
+    lora: Lora | None = None
+    has_null: bool = True
 
     @property
     def denoiser(self):
@@ -75,7 +97,7 @@ class Models:
 
 def grid_of(family, networks):
     """The `Grid` of the latents of a dictionary of networks."""
-    return PIPELINE_FAMILIES[family.stock.__name__].grid(networks[family.denoiser].config, networks["vae"].config)
+    return family.in_pipeline.grid(networks[family.denoiser].config, networks["vae"].config)
 
 
 def read_index(path, **where):
@@ -114,23 +136,30 @@ def empty_network(path, name, library, class_name, **where):
         raise Mistake(f"{path} has no {name}: expected {name}/config.json of a {class_name}") from None
 
 
-def read_schedule(source):
-    """(last timestep of the schedule, its T) of the reference, from the config alone.
+def read_schedule(source, family):
+    """(first, last) of the timesteps that a generator may be evaluated at, from the reference's config alone.
 
     Raises:
-        Mistake: if there is none, or it is no variance-preserving one.
+        Mistake: if there is no scheduler, or one that is not of the family's kind.
     """
     try:
         schedule = DDPMScheduler.load_config(source.path, subfolder="scheduler", **source.where)
     except OSError:
         raise Mistake(f"{source.path} has no scheduler: expected scheduler/scheduler_config.json") from None
-    prediction_type = schedule.get("prediction_type", "epsilon")
+    prediction_type, steps = schedule.get("prediction_type", "epsilon"), schedule.get("num_train_timesteps", 1000)
+    if family.flow:
+        if schedule["_class_name"] not in FLOW_SCHEDULERS and not schedule.get("use_flow_sigmas"):
+            raise Mistake(
+                f"{source.path} has a {schedule['_class_name']}; a {family.name} needs a scheduler for flow matching, "
+                f"such as {FLOW_SCHEDULERS[0]}"
+            )
+        return 1, steps
     if "beta_schedule" not in schedule or prediction_type not in PREDICTION_TYPES:
         raise Mistake(
             f"{source.path} has a {schedule['_class_name']} with prediction type {prediction_type}; supported are "
             f"schedules with betas (variance-preserving) and {', '.join(PREDICTION_TYPES)}"
         )
-    return 0, schedule.get("num_train_timesteps", 1000) - 1
+    return 0, steps - 1
 
 
 def read_networks(source, family, index, vae=None):
@@ -145,7 +174,7 @@ def read_networks(source, family, index, vae=None):
         raise Mistake(f"{source.path} has no {missing[0]}: its model_index.json must name one")
     networks = {name: empty_network(source.path, name, *index[name], **source.where) for name in names}
     if vae is not None:
-        own, cls = grid_of(family, networks), type(networks["vae"])
+        own, own_config, cls = grid_of(family, networks), networks["vae"].config, type(networks["vae"])
         try:
             config = cls.load_config(vae.path, **vae.where)
         except OSError:
@@ -154,8 +183,8 @@ def read_networks(source, family, index, vae=None):
             ) from None
         with init_empty_weights():
             networks["vae"] = cls.from_config(config)
-        other = grid_of(family, networks)
-        if (other.factor, config.get("latent_channels")) != (own.factor, own.channels):
+        channels = [c.get("latent_channels", c.get("z_dim")) for c in (own_config, networks["vae"].config)]
+        if grid_of(family, networks).factor != own.factor or channels[0] != channels[1]:
             raise Mistake(f"--pretrained_vae_model_name_or_path {vae.path} has other latents than {source.path}")
     return networks
 
@@ -167,13 +196,22 @@ def check_resolution(resolution, grid, path):
 
 
 def read_models(
-    reference, generator=None, vae=None, timestep=None, generator_steps=None, resolution=None, input_noise=None
+    reference,
+    generator=None,
+    vae=None,
+    timestep=None,
+    generator_steps=None,
+    resolution=None,
+    input_noise=None,
+    embedded_guidance=None,
+    lora=None,
 ):
     """Read the configs of the reference and of the generator.
 
     Args:
         reference, generator, vae ([`ModelSource`]): the last two may be None: as the reference.
-        timestep (`list[int]`), generator_steps, resolution, input_noise: what is asked for, or None.
+        timestep (`list[int]`), generator_steps, resolution, input_noise, embedded_guidance: what is asked for, or None.
+        lora ([`Lora`]): of the reference, or None.
 
     Raises:
         Mistake: for a pipeline that is not there, not supported or not complete, a schedule that is not its family's,
@@ -183,14 +221,15 @@ def read_models(
     index = read_index(path, **reference.where)
     name = index["_class_name"]
     family = find_family(name[1] if isinstance(name, list) else name, path)  # [module, class]: it brings its own code
-    first, last = read_schedule(reference)
+    first, last = read_schedule(reference, family)
     networks = read_networks(reference, family, index, vae)
+    network = networks[family.denoiser]
     check_resolution(resolution, grid_of(family, networks), path)
 
-    trained_at, own_noise = [family.timestep], None
+    trained_at, own_noise, own_guidance = [family.timestep], None, None
     if generator is not None:
         asked = timestep, generator_steps, input_noise
-        trained_at, own_noise = check_generator(generator, family.denoiser, networks[family.denoiser], *asked)
+        trained_at, own_noise, own_guidance = check_generator(generator, family, network, *asked)
     if None not in (own_noise, input_noise) and own_noise != input_noise:
         raise Mistake(f"{generator.path} was trained with --input_noise {own_noise}: give the same, or none")
     timesteps = fixed_timesteps(timestep or trained_at, generator_steps)
@@ -201,18 +240,36 @@ def read_models(
     if len(set(timesteps)) < len(timesteps):
         raise Mistake(f"--timestep {timesteps[0]} is too low for {len(timesteps)} steps: {words(timesteps)}")
     at = timesteps if len(timesteps) > 1 else timesteps[0]
-    return Models(reference, generator, vae, family, networks, at, own_noise or input_noise or "unit")
+    if embedded_guidance is not None and not network.config.get("guidance_embeds"):
+        raise Mistake(f"--embedded_guidance: the {family.denoiser} of {path} does not take guidance as an input")
+    if lora is not None:
+        check_lora(lora, family, network)
+    guidance = own_guidance if embedded_guidance is None else embedded_guidance
+    family, input_noise = replace(family, embedded_guidance=guidance), own_noise or input_noise or "unit"
+    has_null = family.has_null and not index.get("is_distilled")  # FLUX.2 klein says so
+    return Models(reference, generator, vae, family, networks, at, input_noise, lora, has_null)
 
 
 def models_of(args):
-    """The [`Models`] that the training script's arguments ask for. Raises as `read_models`."""
+    """The [`Models`] that the training script's arguments ask for.
+
+    Raises:
+        Mistake: as `read_models`; and for guidance away from ∅ where the reference knows none.
+    """
     cache_dir = args.cache_dir
     reference = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, cache_dir)
     others = args.pretrained_generator_name_or_path, args.pretrained_vae_model_name_or_path
     generator, vae = (path and ModelSource(path, cache_dir=cache_dir) for path in others)
-    return read_models(
-        reference, generator, vae, args.timestep, args.generator_steps, args.resolution, args.input_noise
+    asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance
+    lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
+    models = read_models(reference, generator, vae, *asked, lora)
+    scales = {"cfg_scale": args.cfg_scale} | (
+        {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
     )
+    for name, scale in scales.items():
+        if scale != 1 and not models.has_null:
+            raise Mistake(f"--{name} {scale:g}: {reference.path} knows no ∅ to be guided away from: give --{name} 1")
+    return models
 
 
 def fixed_timesteps(named, n):
@@ -281,21 +338,26 @@ def generator_shapes(source, denoiser, network):
         return {k: tuple(v.shape) for k, v in type(network).from_config(config).state_dict().items()}, index
 
 
-def check_generator(source, denoiser, network, timestep, generator_steps, input_noise):
-    """(timesteps, input noise) of the given generator, whose shapes must be those of the reference's network.
+def check_generator(source, family, network, timestep, generator_steps, input_noise):
+    """(timesteps, input noise, embedded guidance or None) of the given generator, whose shapes must be those of the
+    reference's network. Without words of its own, a model that matches flows starts at σ = 1.
 
     Raises:
         Mistake: if it does not fit, or nobody says its t* and what enters there, or the arguments say another.
     """
     path, expected = source.path, {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    shapes, index = generator_shapes(source, denoiser, network)
+    shapes, index = generator_shapes(source, family.denoiser, network)
     wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
     if wrong:
         raise Mistake(
-            f"{path} does not fit the reference's {denoiser}: {len(wrong)} of {len(expected)} weights are missing, "
+            f"{path} does not fit the reference's {family.denoiser}: {len(wrong)} of {len(expected)} weights are missing, "
             f"not expected or of another shape, such as {', '.join(wrong[:3])}"
         )
-    trained_at = index.get("timestep")
+    trained_at, guidance = index.get("timestep"), index.get("embedded_guidance")
+    if trained_at is None and family.flow:
+        timestep = timestep or [family.timestep]
+        if timestep[0] == family.timestep:
+            input_noise = input_noise or "unit"  # the same as scaled
     if trained_at is None and timestep is None:
         raise Mistake(f"{path} names no t*: give the timestep that it is evaluated at with --timestep")
     if trained_at is None and input_noise is None:
@@ -304,13 +366,31 @@ def check_generator(source, denoiser, network, timestep, generator_steps, input_
             "SiD-LSG)"
         )
     if trained_at is None:
-        return timestep, input_noise
+        return timestep, input_noise, guidance
     trained_at = trained_at if isinstance(trained_at, list) else [trained_at]
     asked = fixed_timesteps(timestep or trained_at, generator_steps)
     if trained_at not in (asked, asked[:1]) or generator_steps not in (None, len(asked)):
         own = words(trained_at)
         raise Mistake(f"{path} was trained at t* = {own}: give the same --timestep and --generator_steps, or none")
-    return trained_at, index.get("input_noise", "unit")
+    return trained_at, index.get("input_noise", "unit"), guidance
+
+
+def check_lora(lora, family, network):
+    """Raises Mistake if LoRA weights are not there, or not for this network alone."""
+    where = f"--reference_lora {lora.path}"
+    if not family.has_lora_files:
+        raise Mistake(f"{where}: a {family.name} cannot load LoRA weights")
+    try:
+        state = family.stock.lora_state_dict(lora.path, cache_dir=lora.cache_dir)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
+    state = state[0] if isinstance(state, tuple) else state
+    prefix, modules = family.denoiser + ".", {name for name, _ in network.named_modules()}
+    layers = {k.removeprefix(prefix).split(".lora")[0].replace(".processor", "") for k in state if ".lora_A" in k}
+    others = sorted({k for k in state if not k.startswith(prefix)} | (layers - modules))
+    if others or not layers:
+        what = f"it also holds {others[0]}" if others else "it holds no LoRA weights"
+        raise Mistake(f"{where} is not for the {family.denoiser} of a {family.name}: {what}")
 
 
 def weight_shapes(file):

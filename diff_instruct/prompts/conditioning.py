@@ -96,6 +96,12 @@ class Conditioning:
         rows.update(self.encode(p for p, row in rows.items() if row is None))
         return join([rows[p] for p in prompts], self.device)
 
+    @torch.no_grad()
+    def null(self, encode_null):
+        """∅, one row on the device, from `OneStepPipeline.encode_null`."""
+        with self.encoding():
+            return join(split(encode_null()), self.device)
+
     def prepare(self, prompts):
         """Encode those of the prompts that are new, and keep them; their c is not made."""
         self.encode(p for p in prompts if p not in self.store)

@@ -47,7 +47,8 @@ def add_model_arguments(parser):
         type=natural,
         nargs="+",
         help="t*, where the generator is evaluated; default: the generator's own; if it starts as the reference: "
-        f"{', '.join(f'{f.timestep} ({name})' for name, f in FAMILIES.items())}; or one for each step, descending",
+        f"{', '.join(f'{f.timestep} ({name})' for name, f in FAMILIES.items() if not f.flow)}, 1000 (flow matching: "
+        "σ = 1; at σ < 1 unit noise is stronger than the x_t that the reference knows); or one for each step, descending",
     )
     g.add_argument(
         "--generator_steps", type=whole(1, MAX_STEPS),
@@ -64,6 +65,16 @@ def add_model_arguments(parser):
         help="another VAE with the same latents, for example one that is stable in half precision",
     )
     g.add_argument("--resolution", type=positive_int, help="pixels of an image's side; default: the reference's")
+    g.add_argument(
+        "--reference_lora",
+        type=text,
+        help="PATH_OR_ID[:SCALE], LoRA weights that are fused into the reference at loading",
+    )
+    g.add_argument(
+        "--embedded_guidance", type=non_negative,
+        help="guidance that networks with it as an input are given (FLUX.1-dev, Sana-Sprint): generator, TA and reference "
+        "alike; default: the generator's own, else the stock pipeline's",
+    )  # fmt: skip
 
 
 def add_prompt_arguments(parser):
