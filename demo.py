@@ -65,8 +65,6 @@ def check_args(args):
     """
     if args.push_to_hub and not args.export_space:
         raise Mistake("--push_to_hub needs --export_space: the folder that is uploaded")
-    if find_spec("gradio") is None:
-        raise Mistake("the page needs gradio: pip install -r requirements-demo.txt -c constraints.txt")
     if args.model is None:
         args.model = f"{POCKET / 'generator'},base={POCKET / 'reference'}"
         args.before = args.before or f"{POCKET / 'reference'},timestep=400"
@@ -159,6 +157,8 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.export_space:
         return export_space(args)
+    if find_spec("gradio") is None:
+        raise Mistake("the page needs gradio: pip install -r requirements-demo.txt -c constraints.txt")
     if device.type == "cpu":
         use_cores(1)
     model = load_model("one step", args.model, args, device)

@@ -126,15 +126,10 @@ def test_gallery_of_an_evaluation_and_of_a_run(tmp_path):
         gallery(tmp_path)
 
 
-def write_space(monkeypatch, *words):
-    monkeypatch.setattr("diff_instruct.export.space.version", lambda name: "6.0.0")
-    demo.main(arguments(*words))
-
-
-def test_a_space_draws_without_this_repository(export, tmp_path, monkeypatch, with_gradio):
+def test_a_space_draws_without_this_repository(export, tmp_path):
     """The app alone, in a process that knows nothing of the repository: its picture is the export's."""
     space = tmp_path / "space"
-    write_space(monkeypatch, export, "--export_space", space, "--title", "Apples: red", "--examples", "fire", "cat")
+    demo.main(arguments(export, "--export_space", space, "--title", "Apples: red", "--examples", "fire", "cat"))
     front = (space / "README.md").read_text().split("---")[1]
     for line in ('title: "Apples: red"', "sdk: gradio", "app_file: app.py", "suggested_hardware: cpu-basic"):
         assert line in front.splitlines()
@@ -154,9 +149,9 @@ def test_a_space_draws_without_this_repository(export, tmp_path, monkeypatch, wi
     torch.testing.assert_close(torch.load(tmp_path / "pixels.pt"), expected, atol=1e-5, rtol=0)
 
 
-def test_a_space_for_zero_gpu_and_of_a_model_on_the_hub(tmp_path, monkeypatch, with_gradio):
+def test_a_space_for_zero_gpu_and_of_a_model_on_the_hub(tmp_path):
     space = tmp_path / "space"
-    write_space(monkeypatch, "me/apples", "--export_space", space, "--zero_gpu")
+    demo.main(arguments("me/apples", "--export_space", space, "--zero_gpu"))
     app = (space / "app.py").read_text()
     compile(app, "app.py", "exec")
     assert "@spaces.GPU(duration=15)\ndef draw(" in app and '.to("cuda")' in app and "'me/apples'" in app
@@ -165,14 +160,13 @@ def test_a_space_for_zero_gpu_and_of_a_model_on_the_hub(tmp_path, monkeypatch, w
     assert "spaces" in (space / "requirements.txt").read_text().split() and not (space / "model").exists()
 
 
-def test_push_to_hub_creates_the_space(export, tmp_path, monkeypatch, with_gradio):
+def test_push_to_hub_creates_the_space(export, tmp_path, monkeypatch):
     called = {}
     made = type("Repo", (), {"repo_id": "me/apples"})
     monkeypatch.setattr(demo, "create_repo", lambda name, **options: (called.update(name=name, **options), made)[1])
     monkeypatch.setattr(demo, "upload_folder", lambda **options: called.update(uploaded=options))
-    write_space(
-        monkeypatch, export, "--export_space", tmp_path / "s", "--push_to_hub", "apples", "--hub_token", "hf_secret"
-    )
+    words = ["--export_space", tmp_path / "s", "--push_to_hub", "apples", "--hub_token", "hf_secret"]
+    demo.main(arguments(export, *words))
     assert called["space_sdk"] == "gradio" and called["repo_type"] == called["uploaded"]["repo_type"] == "space"
     assert called["uploaded"]["folder_path"] == str(tmp_path / "s") and called["uploaded"]["repo_id"] == "me/apples"
     written = [p for p in (tmp_path / "s").rglob("*") if p.is_file()]

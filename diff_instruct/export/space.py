@@ -8,6 +8,7 @@ from pathlib import Path
 from diff_instruct.export import page
 
 
+GRADIO = "6.31.0"  # with which the page is tested
 APP = '''\
 """Draws with the one-step generator in {where}."""
 
@@ -87,6 +88,6 @@ def write_space(folder, title, text, examples, pipe=None, hub_model=None, zero_g
     packages = ["torch", "diffusers", "transformers", "accelerate", "safetensors"]
     needs = [f"{name}=={version(name).partition('+')[0]}" for name in packages] + ["sentencepiece", "protobuf"]
     (folder / "requirements.txt").write_text("\n".join([*needs, *(["spaces"] if zero_gpu else [])]) + "\n")
-    head = {"title": json.dumps(title), "text": text, "gradio": version("gradio"), "hardware": hardware}
+    head = {"title": json.dumps(title), "text": text, "gradio": GRADIO, "hardware": hardware}
     card = CARD.format(**head, extra=extra, short="A one-step text-to-image generator")
     (folder / "README.md").write_text(card.replace(f"# {json.dumps(title)}", f"# {title}"))
