@@ -1,4 +1,4 @@
-"""What is trusted, what is told: no pickles, no tokens, no folders of the machine; uploads to a server on this machine."""
+"""What is trusted and told: no pickles, no tokens, no folders of the machine; uploads to a server of our own."""
 
 import ast
 import base64
@@ -192,7 +192,7 @@ def calls(tree, name):
 
 @pytest.mark.parametrize("file", CODE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_unpickled_or_evaluated(file):
-    """torch.load only with weights_only=True; no pickle, eval or exec; modules run in one place, a reward that is named."""
+    """torch.load only with weights_only=True; no pickle, eval or exec; a reward that is named is run."""
     tree = ast.parse(file.read_text())
     for call in calls(tree, "torch.load"):
         assert any(k.arg == "weights_only" and k.value.value is True for k in call.keywords), ast.unparse(call)
