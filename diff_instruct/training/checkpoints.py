@@ -58,7 +58,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint):
             return path
     names = ", ".join(p.name for p in there) or "none"
     raise Mistake(
-        f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint; {output_dir} holds: {names}"
+        f"--resume_from_checkpoint: {resume_from_checkpoint} is not a finished checkpoint; {output_dir} has: {names}"
     )
 
 
@@ -235,7 +235,15 @@ def load_checkpoint(accelerator, path, networks):
         load(path / f"random_states_{accelerator.process_index}.pkl")
         accelerator.load_state(str(path))
         state = json.loads((path / f"loop-{accelerator.process_index}.json").read_text())
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         line = str(error).split("\n")[0]
         raise Mistake(f"--resume_from_checkpoint: {path} is damaged, or of other networks: {line}") from None
     for trained, counters in zip(networks, state["networks"]):
