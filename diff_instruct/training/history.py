@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from diff_instruct.evaluation.cost import peak_gib
+from diff_instruct.training.alerts import Alerts, send
 from diff_instruct.training.endings import NotWritten, writing
 
 
@@ -89,6 +90,9 @@ class History:
         if first_step is not None and self.path.exists():
             rows = list(read_rows(self.path))
             self.rows = rows[:1] + [row for row in rows[1:] if row["step"] <= first_step]
+        self.alerts = Alerts()
+        for row in self.rows:  # what was told before is not told again
+            self.alerts(row["step"], row)
         aside, self.unsaved = self.path.with_name("history.partial"), ""
         with writing():
             aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -108,9 +112,11 @@ class History:
                 f.seek(self.size)
                 f.write(self.unsaved.encode())
             self.size, self.unsaved = self.path.stat().st_size, ""
+        begun = self.alerts(step, figures)
         if step >= 0:
             with self.going_on(f"what trackers log of step {step}"):
                 accelerator.log(figures, step=step)
+                send(accelerator, begun)
 
     @contextmanager
     def going_on(self, what):
