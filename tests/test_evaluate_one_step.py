@@ -270,7 +270,7 @@ def test_two_processes_give_the_figures_of_one(options, tmp_path):
 
 @pytest.mark.parametrize(
     "change, name",
-    [(["--seed", 7], "seed"), (["--num_prompts", 3], "prompts"), (["--rewards", "pocket"], "rewards"),
+    [(["--seed", 7], "seed"), (["--num_prompts", 3], "prompts"), (["--rewards", "pocket"], "rewards, reward_files"),
      (["--batch_size", 8], "batch_size")],
 )  # fmt: skip
 def test_other_settings_in_the_same_folder_are_a_mistake(options, change, name):
