@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PixArtAlphaPipeline,
     StableDiffusionPipeline,
@@ -27,9 +28,9 @@ from diff_instruct.export.export import save_lora
 from diff_instruct.export.layouts import unet_names, vae_names
 from diff_instruct.export.stock import stock_pipeline
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.families import FAMILIES, UNET_LORA
+from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import add_lora, merged
-from pipeline_one_step import OneStepPipeline
+from pipeline_one_step import OneStepPipeline, Schedule
 from tests.runs import run
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_sd, tiny_sd2, tiny_unet, tiny_vae
 
@@ -181,13 +182,14 @@ def test_kohya_lora_draws_what_was_trained(one_step, tmp_path, family, alpha):
     plain = draw(stock, pipe.timesteps, prompt=PROMPTS[:2], latents=z)
     network = type(pipe.unet).from_config(pipe.unet.config)
     network.load_state_dict(pipe.unet.state_dict())
-    add_lora(network, "generator", 2, alpha, UNET_LORA)
+    record = FAMILIES[EXPORTS[family].__name__]
+    add_lora(network, "generator", 2, alpha, record.lora_targets)
     for name, p in network.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
     pipe.register_modules(unet=merged(network, "generator"))
     (tmp_path / "apples").mkdir()
-    save_lora(tmp_path / "apples", type(stock), network)
+    save_lora(tmp_path / "apples", record, network)
     files = export(pipe, tmp_path, "--write", "lora")
     state = load_file(files / "apples_1step_lora.safetensors")
     assert all(key.startswith("lora_unet_") for key in state)
@@ -288,6 +290,19 @@ def test_unit_noise_without_the_factor_is_what_the_issue_is_about(one_step):
     assert apps.noise_levels(one_step("pixart", 440, input_noise="scaled")).factor == 1
     pixart = apps.noise_levels(one_step("pixart"))
     assert pixart.text(4) == "2.0411, 0" and round(pixart.factor, 3) == 1.114
+
+
+def test_flow_matching_starts_from_its_own_noise():
+    """t* = 1000 is "1, 0" with factor 1; below, unit noise must be as much larger as σ is smaller."""
+    schedule, config = Schedule(FlowMatchEulerDiscreteScheduler()), Namespace(input_noise="unit", family="Other")
+    levels = apps.noise_levels(Namespace(schedule=schedule, timesteps=[1000], config=config))
+    assert levels.text() == "1, 0" and levels.factor == 1 and levels.flow
+    levels = apps.noise_levels(Namespace(schedule=schedule, timesteps=[800, 400], config=config))
+    assert levels.text(4) == "0.8, 0.4, 0" and levels.factor == pytest.approx(1.25)
+    pipe = Namespace(config=config, scheduler=Namespace(config=None), schedule=schedule, timesteps=[1000])
+    with pytest.raises(Mistake, match="a Other has no layout for other programs; those of StableDiffusionPipeline"):
+        apps.find_app(pipe)
+    assert "Elsewhere: a Other has no layout" in apps.where_it_runs(pipe, "apples_1step", "fire")
 
 
 def test_everything_is_written_and_the_page_says_where(one_step, tmp_path, capsys):

@@ -198,11 +198,12 @@ def where_it_runs(pipe, name, prompt):
             return str(error)
 
     levels, sigma = noise_levels(pipe), pipe.schedule.sigmas[pipe.timesteps[0]].item()
-    times, scaled = ", ".join(map(str, pipe.timesteps)), pipe.config.input_noise == "scaled"
+    times, scaled = ", ".join(map(str, pipe.timesteps)), pipe.config.input_noise == "scaled" and sigma < 1
     diffusers = "1" if not scaled else f"{sigma:.3f}: give `latents` = {sigma:.4f} z"
     rows = ["| program | noise levels | factor on its noise | how |", "|---|---|---|---|"]
     rows.append(f"| diffusers, this pipeline | t = {times} | 1 | `DiffusionPipeline.from_pretrained` |")
-    rows.append(f"| diffusers, stock pipeline, `LCMScheduler` | `timesteps=[{times}]` | {diffusers} | no guidance |")
+    stock = "as the call above has it" if levels.flow else "`LCMScheduler`"
+    rows.append(f"| diffusers, stock pipeline, {stock} | `timesteps=[{times}]` | {diffusers} | no guidance |")
     try:
         app = find_app(pipe)
     except Mistake as error:

@@ -31,9 +31,9 @@ def stock_call(family, pipe, prompt):
     }  # σ = sin a / (sin a + cos a)
     words["guidance"] = pipe.config.embedded_guidance or 0.0
     call = family.stock_call.format(**words)
-    if pipe.config.input_noise == "unit":
-        return call
     sigma, shape = pipe.schedule.sigmas[pipe.timesteps[0]].item(), ", ".join(map(str, pipe.latent_shape()))
+    if pipe.config.input_noise == "unit" or sigma == 1:
+        return call
     noise = f"import torch\nlatents = {sigma:.6f} * torch.randn(1, {shape})  # σ_t z\n"
     return noise + call.replace("num_inference_steps", "latents=latents, num_inference_steps")
 
