@@ -24,7 +24,7 @@ def steps_done(name, work_dir):
 
 def fit(
     name, networks, loss_fn, steps, lr, work_dir, accelerator,
-    ema_decay=0.999, warmup=100, hold=0.0, every=250, seed=0,
+    ema_decay=0.999, warmup=100, hold=0.0, every=100, seed=0,
 ):  # fmt: skip
     """Minimise `loss_fn(generator) -> scalar` over the parameters of `networks`; leaves their averages in them.
 
