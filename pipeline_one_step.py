@@ -327,9 +327,7 @@ class Sana(Family):
     def denoise(pipe, network, x_t, t, c, **options):
         options = options or {"timestep": t * pipe.denoiser.config.timestep_scale}
         mask, c = c["encoder_attention_mask"], c["encoder_hidden_states"].to(x_t.dtype)
-        output = network(
-            x_t, encoder_hidden_states=c, encoder_attention_mask=mask, return_dict=False, **options
-        )
+        output = network(x_t, encoder_hidden_states=c, encoder_attention_mask=mask, return_dict=False, **options)
         return output[0][:, : x_t.shape[1]]
 
     @staticmethod
@@ -507,7 +505,8 @@ class QwenImage(Family):
         if hasattr(vae, "_hf_hook"):  # with accelerate's offloading
             vae._hf_hook.pre_forward(vae)
         mean, std = (
-            torch.tensor(v, device=x0.device).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+            torch.tensor(v, device=x0.device).view(1, -1, 1, 1)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
         )
         latents = (x0 * std + mean).to(vae.dtype).unsqueeze(2)
         return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]

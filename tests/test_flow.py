@@ -108,7 +108,9 @@ def test_equals_the_stock_pipeline(flow_args, record_property, name, timesteps):
     print(name, timesteps, (images - expected).abs().max().item(), images.std().item())
     assert images.std() > 0.03 and images.flatten(1).std(dim=1).min() > 0.01
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
-    alone = torch.cat([ours(pipe, [p], z[i : i + 1]) for i, p in enumerate(PROMPTS)]) if len(timesteps) == 1 else images
+    alone = (
+        torch.cat([ours(pipe, [p], z[i : i + 1]) for i, p in enumerate(PROMPTS)]) if len(timesteps) == 1 else images
+    )
     torch.testing.assert_close(images, alone, atol=1e-5, rtol=0)
 
 
@@ -138,7 +140,9 @@ def test_the_references_own_sampler_draws(flow_args, name):
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     images = models.family.sample(stock, PROMPTS[:2], z, 3, scale, (SIDE, SIDE), 2, generators)
     assert images.shape == (4, 3, SIDE, SIDE) and images.isfinite().all() and images.std() > 0.01
-    alone = models.family.sample(stock, PROMPTS[1:2], z[2:3], 3, scale, (SIDE, SIDE), 1, torch.Generator().manual_seed(2))
+    alone = models.family.sample(
+        stock, PROMPTS[1:2], z[2:3], 3, scale, (SIDE, SIDE), 1, torch.Generator().manual_seed(2)
+    )
     torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
 
 
@@ -155,7 +159,12 @@ def test_the_rewards_gradient_reaches_pixels_out_of_range(flow_args, name):
 
 
 TRAINED = [(name, *ranks) for name in FLOW for ranks in [(0, 0), (2, 2), (0, 2)]]
-FAST = [("StableDiffusion3Pipeline", 2, 2), ("SanaPipeline", 0, 2), ("QwenImagePipeline", 2, 2), ("ZImagePipeline", 0, 0)]
+FAST = [
+    ("StableDiffusion3Pipeline", 2, 2),
+    ("SanaPipeline", 0, 2),
+    ("QwenImagePipeline", 2, 2),
+    ("ZImagePipeline", 0, 0),
+]
 
 
 @pytest.mark.parametrize(

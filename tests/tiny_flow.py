@@ -190,7 +190,9 @@ def tiny_flux2_klein():
     vae = vae_of(4, cls=AutoencoderKLFlux2)
     vae.bn.running_mean.normal_(std=0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return Flux2KleinPipeline(shifted(use_dynamic_shifting=True), vae, text_encoder, tokenizer, randomised(transformer))
+    return Flux2KleinPipeline(
+        shifted(use_dynamic_shifting=True), vae, text_encoder, tokenizer, randomised(transformer)
+    )
 
 
 def tiny_qwen_image():

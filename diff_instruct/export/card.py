@@ -20,7 +20,10 @@ def stock_call(family, pipe, prompt):
     """The lines with which an exported generator runs in the stock pipeline of its family."""
     words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
     sigmas = [t / pipe.schedule.steps for t in pipe.timesteps]
-    words |= {"sigmas": sigmas, "angles": [*(math.atan2(s, 1 - s) for s in sigmas), 0.0]}  # σ = sin a / (sin a + cos a)
+    words |= {
+        "sigmas": sigmas,
+        "angles": [*(math.atan2(s, 1 - s) for s in sigmas), 0.0],
+    }  # σ = sin a / (sin a + cos a)
     words["guidance"] = pipe.config.embedded_guidance or 0.0
     return family.stock_call.format(**words)
 

@@ -191,7 +191,9 @@ image = stock({prompt}, num_inference_steps={steps}, sigmas={sigmas}, guidance_s
         "FluxPipeline",
         unused=("feature_extractor", "image_encoder"),
         guide=lambda alpha, embedded, n: {
-            "guidance_scale": embedded, "true_cfg_scale": alpha, "negative_prompt": [""] * n
+            "guidance_scale": embedded,
+            "true_cfg_scale": alpha,
+            "negative_prompt": [""] * n,
         },
         packed=True,
         lora_targets=(*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),

@@ -262,7 +262,9 @@ def models_of(args):
     asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance
     lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
     models = read_models(reference, generator, vae, *asked, lora)
-    scales = {"cfg_scale": args.cfg_scale} | ({"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {})
+    scales = {"cfg_scale": args.cfg_scale} | (
+        {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
+    )
     for name, scale in scales.items():
         if scale != 1 and not models.has_null:
             raise Mistake(f"--{name} {scale:g}: {reference.path} knows no ∅ to be guided away from: give --{name} 1")

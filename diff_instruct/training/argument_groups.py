@@ -66,7 +66,9 @@ def add_model_arguments(parser):
     )
     g.add_argument("--resolution", type=positive_int, help="pixels of an image's side; default: the reference's")
     g.add_argument(
-        "--reference_lora", type=text, help="PATH_OR_ID[:SCALE], LoRA weights that are fused into the reference at loading"
+        "--reference_lora",
+        type=text,
+        help="PATH_OR_ID[:SCALE], LoRA weights that are fused into the reference at loading",
     )
     g.add_argument(
         "--embedded_guidance", type=non_negative,
