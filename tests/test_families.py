@@ -86,7 +86,8 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     monkeypatch.setattr(script, "export", export)
     prompts, z = [*PROMPTS, ""], noise(len(PROMPTS) + 1)
     command = family_args(family, "--lora_rank", lora, "--lora_alpha", 4, "--learning_rate", 1e-2)
-    script.main(parse_args(command))
+    args = parse_args(command)
+    script.main(args)
 
     out = tmp_path / "out"
     index = json.loads((out / "model_index.json").read_text())
@@ -102,7 +103,7 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     ):
         torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
 
-    reference = STOCK[family].from_pretrained(parse_args(command).pretrained_model_name_or_path)
+    reference = STOCK[family].from_pretrained(args.pretrained_model_name_or_path)
     if family != "pixart":
         reference.scheduler = LCMScheduler.from_config(shipped.scheduler.config)
         untrained = one_step(reference, T_STAR[family], prompt=prompts, latents=z)

@@ -1,14 +1,24 @@
 """Each flow-matching family on tiny networks of the real classes: training's forward, the export and the stock pipeline
 agree; so do the guided reference and LoRA files. A new family passes these tests, see docs/families.md."""
 
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
-from pipeline_one_step import pack, unpack
-from tests.runs import load
+from diff_instruct.training.arguments import parse_args
+from pipeline_one_step import OneStepPipeline, pack, unpack
+from tests.runs import load, watch_actors
 from tests.tiny_flow import FLOW, SIDE, save_tiny_flow
 
 
@@ -79,9 +89,10 @@ def seeded_noise(pipe, z):
     return [torch.randn(z.shape) for _ in pipe.timesteps[1:]]
 
 
-def ours(pipe, prompts, z):
+def ours(pipe, prompts, z, act=nullcontext):
+    """What the generator draws from z, as training calls it."""
     encode = Conditioning(pipe.encode_prompt, "cpu")
-    with torch.no_grad():
+    with torch.no_grad(), act():
         x0 = pipe.generate(pipe.denoiser, z, encode(prompts), seeded_noise(pipe, z))
         return pipe.decode(x0).clamp(0, 1)
 
@@ -101,3 +112,113 @@ def test_equals_the_stock_pipeline(flow_args, record_property, name, timesteps):
         torch.cat([ours(pipe, [p], z[i : i + 1]) for i, p in enumerate(PROMPTS)]) if len(timesteps) == 1 else images
     )
     torch.testing.assert_close(images, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_reference_is_that_of_the_stock_pipeline(flow_args, name):
+    """∅ + α (c − ∅) as the stock pipeline has it in a step from σ = 0.8: the same x̂0, prompts of all lengths."""
+    _, models, stock, pipe = load(flow_args(name, "--timestep", 800))
+    encode, z, scale = Conditioning(pipe.encode_prompt, "cpu"), noise(pipe, len(PROMPTS)), 3.0
+    reference = Denoiser(pipe, getattr(stock, models.denoiser))
+    null = {k: v.expand(len(z), *v.shape[1:]) for k, v in models.family.null(stock, pipe, encode).items()}
+    t = torch.full((len(z),), 800)
+    with torch.no_grad():
+        guided = reference.guided(z, t, encode(PROMPTS), null, scale)
+        pixels = pipe.decode(guided.guided).clamp(0, 1)
+    assert (guided.cond - guided.uncond).abs().max() > 1e-2
+    stock.scheduler = pipe.scheduler
+    family = replace(models.family, options={**models.family.options, "sigmas": [0.8]})
+    drawn = family.sample(stock, PROMPTS, z, 1, scale, (SIDE, SIDE))
+    torch.testing.assert_close(drawn, pixels, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW if name != "schnell"])
+def test_the_references_own_sampler_draws(flow_args, name):
+    """As the evaluation and samples.png ask for it: two images of each prompt, from noise as latents."""
+    _, models, stock, pipe = load(flow_args(name))
+    scale, z = 3.0 if models.has_null else 1.0, noise(pipe, 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = models.family.sample(stock, PROMPTS[:2], z, 3, scale, (SIDE, SIDE), 2, generators)
+    assert images.shape == (4, 3, SIDE, SIDE) and images.isfinite().all() and images.std() > 0.01
+    alone = models.family.sample(
+        stock, PROMPTS[1:2], z[2:3], 3, scale, (SIDE, SIDE), 1, torch.Generator().manual_seed(2)
+    )
+    torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_the_rewards_gradient_reaches_pixels_out_of_range(flow_args, name):
+    """`decode` does not clamp, in any family."""
+    *_, pipe = load(flow_args(name))
+    x0 = (60 * noise(pipe, 1)).requires_grad_()
+    pixels = pipe.decode(x0)
+    outside = (pixels < 0) | (pixels > 1)
+    assert outside.any()
+    (pixels * outside).sum().backward()
+    assert x0.grad.abs().sum() > 0
+
+
+TRAINED = [(name, *ranks) for name in FLOW for ranks in [(0, 0), (2, 2), (0, 2)]]
+FAST = [
+    ("StableDiffusion3Pipeline", 2, 2),
+    ("SanaPipeline", 0, 2),
+    ("QwenImagePipeline", 2, 2),
+    ("ZImagePipeline", 0, 0),
+]
+
+
+@pytest.mark.parametrize(
+    "name, lora, ta_lora", [pytest.param(*c, marks=[] if c in FAST else pytest.mark.slow) for c in TRAINED]
+)
+def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name, lora, ta_lora):
+    """A run, with checkpointing: the reference stays, the generator moves; export, round trip, stock and LoRA file."""
+    seen = {}
+
+    def export(args, models, pipe, *rest):
+        seen["trained"] = seen["generator"], ours(pipe, PROMPTS, seen["z"], seen["generator"].act)
+        return script_export(args, models, pipe, *rest)
+
+    def look(actors):
+        seen.update(generator=actors.generator, z=noise(actors.pipe, len(PROMPTS)), actors=actors)
+        seen["start"] = {k: v.detach().clone() for k, v in actors.generator.network.named_parameters()}
+        seen["before"] = reference_output(actors)
+
+    def reference_output(actors):
+        with torch.no_grad():
+            c = Conditioning(actors.pipe.encode_prompt, "cpu")(PROMPTS[:1])
+            return actors.ref(noise(actors.pipe, 1), torch.tensor([300]), c)
+
+    script_export = script.export
+    watch_actors(monkeypatch, look)
+    monkeypatch.setattr(script, "export", export)
+    ranks = ["--lora_rank", lora, "--lora_alpha", 4, "--ta_lora_rank", ta_lora, "--learning_rate", 1e-2]
+    options = [*ranks, "--max_train_steps", 2, "--checkpointing_steps", 0, "--validation_steps", 0]
+    options += ["--gradient_checkpointing", "--pretrain_steps", 1, "--pretrain_cfg_scale", 1, "--num_eval_prompts", 2]
+    args = parse_args(flow_args(name, *options))
+    script.main(args)
+
+    assert torch.equal(reference_output(seen["actors"]), seen["before"])
+    trained = trained_parameters(seen["generator"].network, seen["generator"].adapter)
+    moved = {k for k, v in trained.items() if not torch.equal(v, seen["start"][k])}
+    assert len(moved) > 0.9 * len(trained), sorted(trained.keys() - moved)
+
+    out, (_, images) = tmp_path / "out", seen["trained"]
+    shipped = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    shipped.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.config.embedded_guidance == shipped.config.embedded_guidance
+    for drawn in (
+        shipped(PROMPTS, latents=seen["z"], output_type="pt", **SIZE).images,
+        again(PROMPTS, latents=seen["z"], output_type="pt", **SIZE).images,
+        stock_images(name, again, PROMPTS, seen["z"]),
+    ):
+        torch.testing.assert_close(drawn, images, atol=1e-5, rtol=0)
+    stock = family_of(name).stock.from_pretrained(args.pretrained_model_name_or_path)
+    untrained = stock_images(name, again, PROMPTS, seen["z"], stock)
+    assert (untrained - images).abs().max() > 1e-3
+    assert (out / "pytorch_lora_weights.safetensors").is_file() == (lora > 0)
+    if lora:
+        stock.load_lora_weights(out)
+        torch.testing.assert_close(stock_images(name, again, PROMPTS, seen["z"], stock), images, atol=1e-5, rtol=0)
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert any(row.get("norm_reward", 0) > 0 for row in rows)

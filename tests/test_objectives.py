@@ -5,7 +5,7 @@ Per element p_ref(x0 | c) = N(μ, S), the generator is x0 = a z + b, both scores
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diff_instruct.objectives import (
     KAPPA,
@@ -28,6 +28,14 @@ SHAPE = (1, 4, 4)
 D = 16
 W = KAPPA / D**0.5  # the constant in w(t)
 schedule = Schedule(DDPMScheduler(beta_schedule="linear"))
+
+
+@pytest.fixture(params=["variance-preserving", "flow"])
+def both_schedules(request, monkeypatch):
+    """The test runs with x_t of either kind of schedule."""
+    if request.param == "flow":
+        flow = Schedule(FlowMatchEulerDiscreteScheduler(shift=1.0))
+        monkeypatch.setitem(globals(), "schedule", flow)
 
 
 def x0_of_gaussian(x_t, mean, var, alpha, sigma):
@@ -75,7 +83,7 @@ def gradient_in_a_b(
 
 @pytest.mark.parametrize("t", [50, 400, 900])
 @pytest.mark.parametrize("reward_scale", [0.0, 2.0])
-def test_gradient_is_that_of_reward_and_integral_kl(t, reward_scale):
+def test_gradient_is_that_of_reward_and_integral_kl(both_schedules, t, reward_scale):
     """Item 1: d/d(a, b) of −α_rew E r + w KL_t, with w = κ/√d (`score`)."""
     a, b, k = torch.tensor(1.3, requires_grad=True), torch.tensor(0.1, requires_grad=True), 0.05
     alpha, sigma = (s.item() for s in schedule(torch.tensor([t])))
@@ -87,7 +95,7 @@ def test_gradient_is_that_of_reward_and_integral_kl(t, reward_scale):
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.5])
-def test_guided_gradient(cfg_scale):
+def test_guided_gradient(both_schedules, cfg_scale):
     """Item 3: the gradient in b is w [α²(b − μ)/v + (α_cfg − 1) α² (m − μ)/v]."""
     t, b = 300, 0.1
     alpha, sigma = (s.item() for s in schedule(torch.tensor([t])))
@@ -134,7 +142,7 @@ def test_dmd_weighting_normalises_each_sample():
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weightings_meet_their_definition(weighting):
+def test_weightings_meet_their_definition(both_schedules, weighting):
     """The table of weightings: what multiplies x̂0_ψ − x̃0_ref, over κ/√d."""
     x0, ta, ref = torch.randn(3, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 300, 700, 980])
@@ -161,7 +169,7 @@ def test_gradient_norm_does_not_depend_on_latent_size():
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
-def test_denoising_loss_is_least_at_the_exact_score():
+def test_denoising_loss_is_least_at_the_exact_score(both_schedules):
     """λ = σ²: the loss of the exact ε̂ is smaller than that of any scaled one."""
     rng = torch.Generator().manual_seed(0)
     t = torch.full((20_000,), 500)
@@ -205,3 +213,20 @@ def test_timesteps_include_both_ends():
     t = schedule.timesteps(torch.linspace(0, 1, 10_001)[:-1], 0.02, 0.98)
     assert t.min() == 20 and t.max() == 980
     assert schedule.timesteps(torch.tensor([0.0, 0.9999]), 0.0, 1.0).tolist() == [0, 999]
+
+
+def test_flow_outputs_give_x0_and_epsilon_and_pi_has_no_ends():
+    s = Schedule(FlowMatchEulerDiscreteScheduler(shift=1.0))
+    x0, eps = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([20, 500, 1000])
+    alpha, sigma = s(t)
+    assert torch.equal(alpha.flatten(), 1 - t / 1000) and torch.equal(sigma.flatten(), t / 1000)
+    x_t = s.add_noise(x0, eps, t)
+    torch.testing.assert_close(s.x0(eps - x0, x_t, t), x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(s.epsilon(eps - x0, x_t, t), eps, atol=1e-5, rtol=1e-5)
+    t = s.timesteps(torch.tensor([0.0, 0.9999]), 0.0, 1.0)
+    assert t.tolist() == [1, 999]
+    v = torch.randn_like(x0[:2])
+    x_t = s.add_noise(x0[:2], eps[:2], t)
+    loss = denoising_loss(s.epsilon(v, x_t, t), eps[:2], s.loss_weight(t))
+    torch.testing.assert_close(loss, (v - (eps - x0)[:2]).square().mean(), rtol=1e-3, atol=0)
