@@ -25,7 +25,8 @@ def work(arguments, pocket, log, environment):
     with open(log, "a") as f:
         for descriptor in (1, 2):
             os.dup2(f.fileno(), descriptor)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # and it stays so: tiny networks on busy machines wait long for a second thread
+    torch.set_num_threads = lambda n: None
     rewards.POCKET = Path(pocket)
     sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
 
