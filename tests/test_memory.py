@@ -1,0 +1,60 @@
+"""What a run holds in memory, and that nothing that saves some changes its results."""
+
+import weakref
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from safetensors.torch import load_file
+
+from diff_instruct.export.tensors import save_network
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
+
+
+TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """(plain network, the same with adapters that do something)."""
+    plain, network = (PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer") for _ in range(2))
+    add_lora(network, "generator", 2, 4, TARGETS)
+    for p in trained_parameters(network, "generator").values():
+        torch.nn.init.normal_(p, std=0.3)
+    return plain, network
+
+
+@pytest.mark.parametrize("size", ["10GB", "5KB"])
+def test_merging_writes_what_diffusers_would_with_one_tensor_in_memory(adapted, tmp_path, monkeypatch, size):
+    """Names, values, shards and index; and no tensor is made before the one before it is gone."""
+    plain, network = adapted
+    plain.load_state_dict({k: make() for k, make in merged(network, "generator").items()})
+    plain.save_pretrained(tmp_path / "whole", max_shard_size=size)
+
+    make, made = Merged.__call__, []
+
+    def counted(weight):
+        assert sum(tensor() is not None for tensor in made) <= 1  # the caller's name for the one before
+        tensor = make(weight).clone()
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Merged, "__call__", counted)
+    save_network(network, tmp_path / "streamed", merged(network, "generator"), max_shard_size=size)
+    whole, streamed = (sorted((tmp_path / name).iterdir()) for name in ("whole", "streamed"))
+    assert [p.name for p in whole] == [p.name for p in streamed] and len(made) == len(plain.state_dict())
+    assert (len(whole) > 3) == (size == "5KB")
+    for one, other in zip(whole, streamed):
+        if one.suffix == ".safetensors":
+            one, other = load_file(one), load_file(other)
+            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "streamed").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in plain.state_dict().items())
+
+
+def test_a_tensor_of_another_shape_is_not_written(adapted, tmp_path):
+    state = merged(adapted[1], "generator")
+    state["proj_out.bias"].weight = torch.zeros(3)
+    with pytest.raises(ValueError, match="expected a tensor"):
+        save_network(adapted[1], tmp_path, state)
