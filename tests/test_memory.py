@@ -1,16 +1,22 @@
 """What a run holds in memory, and that nothing that saves some changes its results."""
 
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
+import train_diff_instruct_pp as script
 from diff_instruct.export.tensors import save_network
 from diff_instruct.models import actors as actors_module
+from diff_instruct.models.activations import Live, activations
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
+from diff_instruct.models.sources import models_of
+from diff_instruct.training.arguments import parse_args
 from tests.runs import run, same, weights
 
 
@@ -83,3 +89,41 @@ def test_text_encoders_away_from_the_device_change_nothing(tiny_args, tmp_path, 
         run([*away, "--output_dir", tmp_path / "again"])
         assert same(weights(tmp_path / "away"), weights(tmp_path / "again"))
         assert len(inside) - first == 1  # the reference's own pipeline, for the pictures
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"]],
+)
+def test_predicted_activations_are_those_of_a_run(tiny_args, monkeypatch, options):
+    """The TA's phase of a real run, counted while it runs, against what is said before anything is loaded."""
+    seen, ta_loss, backward = {}, script.ta_loss, Accelerator.backward
+    args = parse_args([str(a) for a in [*tiny_args, *options]])
+    algorithm = script.Batch, ta_loss, script.generator_gradient
+    predicted = activations(args, models_of(args), args.mixed_precision or "no", algorithm)
+    assert predicted.keys() == {"teaching assistant's step", "generator's step", "validation"}
+
+    def counted(*arguments):
+        with Live() as live:
+            loss = ta_loss(*arguments)
+            seen["live"] = live
+        return loss
+
+    def counted_backward(accelerator, loss, **options):
+        live = seen.pop("live", None)
+        with live or nullcontext():
+            backward(accelerator, loss, **options)
+        seen.setdefault("peaks", []).append(live.peak if live else 0)
+
+    monkeypatch.setattr(script, "ta_loss", counted)
+    monkeypatch.setattr(Accelerator, "backward", counted_backward)
+    run([*tiny_args, *options, "--max_train_steps", 1, "--validation_steps", 0, "--checkpointing_steps", 0])
+    assert predicted["teaching assistant's step"] == pytest.approx(seen["peaks"][0], rel=0.1)
+    assert predicted["generator's step"] > predicted["teaching assistant's step"] / 2
+
+
+def test_what_fits_is_said(tiny_args, capsys):
+    """A large memory: a larger batch; a small one: flags; a tiny one: that it does not fit."""
+    for gib, words in ((1, "so does a batch of about"), (1e-6, "does not fit into 1e-06 GiB")):
+        run([*tiny_args, "--dry_run", "--memory_gib", gib])
+        assert words in capsys.readouterr().out

@@ -149,9 +149,7 @@ def hollow_actors(args, models, dtype, autocast, fake):
     parts["vae"].eval()
     missing = dict.fromkeys(OneStepPipeline._optional_components)
     family = {"timestep": models.timestep, "family": models.family.stock.__name__, "input_noise": models.input_noise}
-    pipe = OneStepPipeline(
-        **{**missing, **parts, models.denoiser: own}, scheduler=hollow_scheduler(models), **family
-    )
+    pipe = OneStepPipeline(**{**missing, **parts, models.denoiser: own}, scheduler=hollow_scheduler(models), **family)
     pipe.tokenizer, pipe.tokenizer_2 = Tokens(), Tokens()
     roles = (own, "generator" if args.lora_rank else None), (ta, "ta" if args.ta_lora_rank else None), (ref, None)
     return pipe, *(Denoiser(pipe, network, adapter, autocast) for network, adapter in roles)
