@@ -1,11 +1,12 @@
 """What a run holds in memory, and that nothing that saves some changes its results."""
 
+import copy
 import weakref
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
@@ -13,6 +14,8 @@ import train_diff_instruct_pp as script
 from diff_instruct.export.tensors import save_network
 from diff_instruct.models import actors as actors_module
 from diff_instruct.models.activations import Live, activations
+from diff_instruct.models.actors import load_actors
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
 from diff_instruct.models.sources import models_of
@@ -21,6 +24,16 @@ from tests.runs import run, same, weights
 
 
 TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
+
+
+class RewardOfPixels:
+    """The mean of the green channel."""
+
+    def __call__(self, pixels, prompts):
+        return pixels[:, 1].mean(dim=(1, 2))
+
+    def take_parts(self, n):
+        return {}
 
 
 @pytest.fixture
@@ -95,31 +108,23 @@ def test_text_encoders_away_from_the_device_change_nothing(tiny_args, tmp_path, 
     "options",
     [[], ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"]],
 )
-def test_predicted_activations_are_those_of_a_run(tiny_args, monkeypatch, options):
-    """The TA's phase of a real run, counted while it runs, against what is said before anything is loaded."""
-    seen, ta_loss, backward = {}, script.ta_loss, Accelerator.backward
+def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
+    """The TA's phase on the loaded actors, counted while it runs, against what is said before anything is loaded."""
     args = parse_args([str(a) for a in [*tiny_args, *options]])
-    algorithm = script.Batch, ta_loss, script.generator_gradient
-    predicted = activations(args, models_of(args), args.mixed_precision or "no", algorithm)
-    assert predicted.keys() == {"teaching assistant's step", "generator's step", "validation"}
+    models, half = models_of(args), args.mixed_precision == "bf16"
+    algorithm = script.Batch, script.ta_loss, script.generator_gradient
+    predicted = activations(args, models, args.mixed_precision or "no", algorithm)
+    assert predicted["generator's step"] > predicted["validation"] > 0
 
-    def counted(*arguments):
-        with Live() as live:
-            loss = ta_loss(*arguments)
-            seen["live"] = live
-        return loss
-
-    def counted_backward(accelerator, loss, **options):
-        live = seen.pop("live", None)
-        with live or nullcontext():
-            backward(accelerator, loss, **options)
-        seen.setdefault("peaks", []).append(live.peak if live else 0)
-
-    monkeypatch.setattr(script, "ta_loss", counted)
-    monkeypatch.setattr(Accelerator, "backward", counted_backward)
-    run([*tiny_args, *options, "--max_train_steps", 1, "--validation_steps", 0, "--checkpointing_steps", 0])
-    assert predicted["teaching assistant's step"] == pytest.approx(seen["peaks"][0], rel=0.1)
-    assert predicted["generator's step"] > predicted["teaching assistant's step"] / 2
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
+    actors = load_actors(models, "cpu", torch.bfloat16 if half else torch.float32, autocast, args)
+    z, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+    with torch.no_grad():
+        c = actors.pipe.encode_prompt(["a"] * 2)
+    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, z)
+    with Live() as live:
+        counted = live.highest(lambda: script.ta_loss(one, actors.generator, actors.ta).backward())
+    assert predicted["teaching assistant's step"] == pytest.approx(counted, rel=0.03)
 
 
 def test_what_fits_is_said(tiny_args, capsys):
@@ -127,3 +132,48 @@ def test_what_fits_is_said(tiny_args, capsys):
     for gib, words in ((1, "so does a batch of about"), (1e-6, "does not fit into 1e-06 GiB")):
         run([*tiny_args, "--dry_run", "--memory_gib", gib])
         assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [[], ["--divergence", "score", "--huber_c", 0.1], ["--preset", "didr"]])
+def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
+    """Gradients of both adapters, with checkpointing on the one base, against separate copies without it."""
+    options = [*tiny_args, *method, "--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing"]
+    args = parse_args([str(a) for a in options])
+    actors = load_actors(models_of(args), "cpu", torch.float32, nullcontext, args)
+    assert actors.generator.network is actors.ta.network is actors.ref.network
+    rng = torch.Generator().manual_seed(1)
+    for role in (actors.generator, actors.ta):
+        for p in trained_parameters(role.network, role.adapter).values():
+            p.data = torch.randn(p.shape, generator=rng) * 0.2
+    copies = [copy.deepcopy(actors.ref.network) for _ in range(3)]
+    for network in copies:
+        network.disable_gradient_checkpointing()
+    separate = [Denoiser(actors.pipe, n, role) for n, role in zip(copies, ("generator", "ta", None))]
+
+    z, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([300, 700])
+    with torch.no_grad():
+        c, null = (actors.pipe.encode_prompt(prompts) for prompts in (["a red apple", "blue cat"], ["", ""]))
+    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, eps)
+
+    def gradients(generator, ta, ref):
+        for role in (generator, ta):
+            role.network.requires_grad_(False)
+            for p in trained_parameters(role.network, role.adapter).values():
+                p.requires_grad_(True)
+        script.ta_loss(one, generator, ta).backward()
+        x0 = generator.generate(z, c)
+        of_ta = trained_parameters(ta.network, "ta").values()
+        found = [p.grad.clone() for p in of_ta]
+        for p in of_ta:
+            p.requires_grad_(False)
+        reward = RewardOfPixels()
+        dL_dx0, _ = script.generator_gradient(x0, one, ta, ref, null, reward, actors.pipe.decode, 2.0, 3.0, args)
+        for p in of_ta:
+            p.requires_grad_(True)
+        x0.backward(dL_dx0)
+        return found + [p.grad for p in trained_parameters(generator.network, "generator").values()]
+
+    shared, apart = gradients(actors.generator, actors.ta, actors.ref), gradients(*separate)
+    assert len(shared) == len(apart) and all(g.abs().max() > 0 for g in apart)
+    for one_base, own_base in zip(shared, apart):
+        torch.testing.assert_close(one_base, own_base, rtol=1e-4, atol=1e-5 * own_base.abs().max().item())

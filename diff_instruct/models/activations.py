@@ -20,9 +20,13 @@ from diff_instruct.rewards.specs import parse_reward
 from pipeline_one_step import OneStepPipeline
 
 
-# Of the rewards at their published sizes: parameters, and the bytes that a graph holds for one picture in float32;
-# measured by `Live` on `benchmarks/reward_cost.py`'s networks.
-REWARDS = {}
+# Of rewards at their published sizes: parameters, and the bytes that a graph holds for one picture in float32, as
+# `Live` counts them on `benchmarks/reward_cost.py`'s networks.
+REWARDS = {
+    "image_reward": (446_206_689, 267_699_784),
+    "clip": (427_616_513, 357_307_816),
+    "aesthetic": (304_894_178, 356_903_848),
+}
 
 
 class Live(TorchDispatchMode):
