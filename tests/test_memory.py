@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.tensors import save_network
-from diff_instruct.models import actors as actors_module
 from diff_instruct.models.activations import Live, activations
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.denoiser import Denoiser
@@ -20,7 +19,7 @@ from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
-from tests.runs import run, same, weights
+from tests.runs import run
 
 
 TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
@@ -79,29 +78,6 @@ def test_a_tensor_of_another_shape_is_not_written(adapted, tmp_path):
     state["proj_out.bias"].weight = torch.zeros(3)
     with pytest.raises(ValueError, match="expected a tensor"):
         save_network(adapted[1], tmp_path, state)
-
-
-@pytest.mark.parametrize("options", [["--offload_text_encoder"], ["--prompt_cache"]])
-def test_text_encoders_away_from_the_device_change_nothing(tiny_args, tmp_path, monkeypatch, options):
-    """The same weights; encoders are asked for only while prompts are encoded, and not at all when a cache is full."""
-    inside, on_device = [], actors_module.on_device
-
-    def watched(modules, device):
-        inside.append([type(module).__name__ for module in modules])
-        return on_device(modules, device)
-
-    monkeypatch.setattr(actors_module, "on_device", watched)
-    run([*tiny_args, "--output_dir", tmp_path / "plain"])
-    assert not inside
-    away = [*tiny_args, *options, *([tmp_path / "cache"] if "--prompt_cache" in options else [])]
-    run([*away, "--output_dir", tmp_path / "away"])
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "away"))
-    assert inside and all(names == ["T5EncoderModel"] for names in inside)
-    if "--prompt_cache" in options:
-        first = len(inside)
-        run([*away, "--output_dir", tmp_path / "again"])
-        assert same(weights(tmp_path / "away"), weights(tmp_path / "again"))
-        assert len(inside) - first == 1  # the reference's own pipeline, for the pictures
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from functools import partial
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding
 
 from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
 from diff_instruct.models.sources import read_index
-from diff_instruct.rewards.specs import parse_reward
+from diff_instruct.rewards.specs import read_rewards
 from pipeline_one_step import OneStepPipeline
 
 
@@ -70,6 +70,9 @@ class Tokens:
 
     model_max_length = 77
 
+    def encode(self, text):
+        return [1] * len(text.split())
+
     def __call__(self, prompt, max_length=77, **_):
         tokens = torch.ones(len(prompt), max_length, dtype=torch.long)
         return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
@@ -93,7 +96,7 @@ class Reward:
     """As much as the rewards of the arguments hold for a picture."""
 
     def __init__(self, args):
-        sizes = [REWARDS.get(parse_reward(entry)[0], (0, 0))[1] for entry in args.reward]
+        sizes = [REWARDS.get(spec.name, (0, 0))[1] for spec in read_rewards(args)[0]]
         self.size = sum(sizes) // (2 if args.reward_dtype == "bf16" else 1)
 
     def __call__(self, pixels, prompts):
@@ -120,41 +123,44 @@ def hollow_scheduler(models):
     """The scheduler of [`OneStepPipeline`], from the reference's config."""
     source = models.reference
     _, name = read_index(source.path, **source.where)["scheduler"]
-    cls = DDPMScheduler if not name.startswith("FlowMatch") else getattr(diffusers, name)
-    return cls.from_config(cls.load_config(source.path, subfolder="scheduler", **source.where))
+    cls = getattr(diffusers, name)
+    config = cls.load_config(source.path, subfolder="scheduler", **source.where)
+    return shipped_scheduler(models, cls.from_config(config))
 
 
 def hollow_actors(args, models, dtype, autocast, fake):
     """(pipe, generator, TA, reference) as `load_actors` makes them, without contents."""
-    targets, reference = models.family.lora_targets, copy.deepcopy(models.networks[models.denoiser])
-    adapters = []
-    if args.lora_rank and models.generator is None:
-        adapters.append(("generator", args.lora_rank))
-    if args.ta_lora_rank:
-        adapters.append(("ta", args.ta_lora_rank))
-    for name, rank in adapters:
-        add_lora(reference, name, rank, None, targets)
-    other = copy.deepcopy(models.networks[models.denoiser])
-    if args.lora_rank and models.generator is not None:
-        add_lora(other, "generator", args.lora_rank, None, targets)
-    full = partial(hollow, models.networks[models.denoiser], torch.float32, fake)
-    ref = hollow(reference, dtype, fake)
-    ta = ref if args.ta_lora_rank else full().requires_grad_(True)
-    own = ref if args.lora_rank and models.generator is None else hollow(other, dtype, fake)
-    if not args.lora_rank:
-        own = full().requires_grad_(True)
+    plain, targets = models.networks[models.denoiser], models.family.lora_targets
+    base, shared = copy.deepcopy(plain), models.generator is None
+    for name, rank in (("generator", args.lora_rank if shared else 0), ("ta", args.ta_lora_rank)):
+        if rank:
+            add_lora(base, name, rank, None, targets)
+    ref = hollow(base, dtype, fake)
+    ta = ref if args.ta_lora_rank else hollow(plain, torch.float32, fake).requires_grad_(True)
+    if args.lora_rank == 0:
+        own = hollow(plain, torch.float32, fake).requires_grad_(True)
+    else:
+        own = ref
+        if not shared:
+            own = hollow(add_lora(copy.deepcopy(plain), "generator", args.lora_rank, None, targets), dtype, fake)
     parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
     for network in (own, ta, ref):
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing(checkpoint_block)
         network.train()
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing and parts["vae"]._supports_gradient_checkpointing:
         parts["vae"].enable_gradient_checkpointing()
     parts["vae"].eval()
     missing = dict.fromkeys(OneStepPipeline._optional_components)
-    family = {"timestep": models.timestep, "family": models.family.stock.__name__, "input_noise": models.input_noise}
-    pipe = OneStepPipeline(**{**missing, **parts, models.denoiser: own}, scheduler=hollow_scheduler(models), **family)
-    pipe.tokenizer, pipe.tokenizer_2 = Tokens(), Tokens()
+    pipe = OneStepPipeline(
+        **{**missing, **parts, models.denoiser: own},
+        scheduler=hollow_scheduler(models),
+        timestep=models.timestep,
+        family=models.family.name,
+        input_noise=models.input_noise,
+        embedded_guidance=models.family.embedded_guidance,
+    )
+    pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
     roles = (own, "generator" if args.lora_rank else None), (ta, "ta" if args.ta_lora_rank else None), (ref, None)
     return pipe, *(Denoiser(pipe, network, adapter, autocast) for network, adapter in roles)
 

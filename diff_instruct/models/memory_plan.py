@@ -3,9 +3,8 @@
 import copy
 
 from diff_instruct.models.activations import REWARDS, activations
-from diff_instruct.models.actors import encoders_away
 from diff_instruct.models.lora import add_lora, trained_parameters
-from diff_instruct.rewards.specs import parse_reward
+from diff_instruct.rewards.specs import read_rewards
 
 
 GIB = 2**30
@@ -32,7 +31,7 @@ def plan(args, models, mixed_precision):
         `dict`: actor to its bytes: `weights`, `gradients`, `optimizer` and `ema`.
     """
     frozen, adam = 2 if mixed_precision == "bf16" else 4, 2 if args.use_8bit_adam else 8
-    reference = models.networks[models.denoiser]
+    reference, away = models.networks[models.denoiser], args.prompt_cache or args.offload_text_encoder
     n = count(reference.parameters())
 
     def trained(lora_rank, base_bytes, ema):
@@ -54,18 +53,15 @@ def plan(args, models, mixed_precision):
         **{
             k: held(count(v.parameters()))
             for k, v in models.networks.items()
-            if k != models.denoiser and not (encoders_away(args) and k.startswith("text_encoder"))
+            if k != models.denoiser and not (away and k.startswith("text_encoder"))
         },
     }
 
 
 def reward_bytes(args):
     """Weights of the rewards that are trained on and reported, as far as their sizes are known beforehand."""
-    sizes = {name: parameters for name, (parameters, _) in REWARDS.items()}
-    trained = sum(sizes.get(parse_reward(entry)[0], 0) for entry in args.reward)
-    return (2 if args.reward_dtype == "bf16" else 4) * trained + 4 * sum(
-        sizes.get(name, 0) for name in args.heldout_reward or []
-    )
+    trained, heldout = ([REWARDS.get(spec.name, (0, 0))[0] for spec in specs] for specs in read_rewards(args))
+    return (2 if args.reward_dtype == "bf16" else 4) * sum(trained) + 4 * sum(heldout)
 
 
 def peak(args, models, mixed_precision, algorithm):
