@@ -24,7 +24,7 @@ from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, upload
 from diff_instruct.models.actors import load_actors
-from diff_instruct.models.memory_plan import plan, table
+from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.sources import models_of
 from diff_instruct.objectives import (
     Estimates,
@@ -154,6 +154,9 @@ def main(args):
     train_prompts, eval_prompts = load_prompts(*prompt_sources(args), args.num_eval_prompts)
     validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
     if args.dry_run:
+        if args.memory_gib:
+            algorithm = Batch, ta_loss, generator_gradient
+            accelerator.print(advice(args, models, accelerator.mixed_precision, algorithm, args.memory_gib))
         return
     check_accelerations(args, models, accelerator)
     repo = create_repository(args) if args.push_to_hub and is_main else None

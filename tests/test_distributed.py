@@ -27,7 +27,7 @@ def launch(arguments):
     "options",
     [
         [],
-        ["--ta_lora_rank", 2],
+        ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"],
         ["--divergence", "score", "--huber_c", 0.1],
         ["--generator_steps", 3, "--preset", "didr"],
     ],
@@ -43,7 +43,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tmp_path, optio
     launch(two)
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in one:
-        torch.testing.assert_close(one[key], both[key], atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(one[key], both[key], atol=1e-5, rtol=0)
     summaries = [json.loads((tmp_path / n / "training_summary.json").read_text()) for n in ("one", "two")]
     for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
         assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-4)

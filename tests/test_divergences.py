@@ -62,7 +62,7 @@ def move_full_ta(actors):
     """The same function as after `move_ta`, as a full network."""
     lora = add_lora(copy.deepcopy(actors.ref.network), "ta", 2, 2, FAMILIES["PixArtAlphaPipeline"].lora_targets)
     move_ta(actors._replace(ta=Denoiser(actors.pipe, lora, "ta")))
-    actors.ta.network.load_state_dict(merged(lora, "ta").state_dict())
+    actors.ta.network.load_state_dict({k: make() for k, make in merged(lora, "ta").items()})
 
 
 @pytest.mark.parametrize("method", [SCORE, DIDR])

@@ -13,8 +13,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import get_peft_model_state_dict
 
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
+from diff_instruct.export.tensors import save_network
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.lora import merged
+from diff_instruct.models.lora import lora_layers, merged
 
 
 WAITS = (2, 10, 60)  # seconds between attempts to upload
@@ -30,21 +31,27 @@ def save_lora(folder, family, network):
     family.stock.save_lora_weights(folder, **dict(zip(names, (layers, metadata))))
 
 
-def save_frozen_parts(models, pipe, folder):
-    """Write VAE and text encoders as they were published, where the run holds them rounded to another dtype."""
-    for name in models.networks:
-        part = getattr(pipe, name)
-        if name == models.denoiser or part.dtype == torch.float32:
-            continue
+def save_part(models, pipe, name, folder):
+    """Write a component of the pipeline, as its `save_pretrained` would, once and without a copy of the generator.
+
+    LoRA is merged into its base. VAE and text encoders are written as they were published, where the run holds them
+    rounded to another dtype.
+    """
+    part = getattr(pipe, name)
+    if name == models.denoiser and lora_layers(part):
+        save_network(part, folder, merged(part, "generator"))
+    elif name in models.networks and name != models.denoiser and part.dtype != torch.float32:
         own_vae = name == "vae" and models.vae is not None
         source, where = (models.vae, {}) if own_vae else (models.reference, {"subfolder": name})
-        type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder / name)
+        type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder)
+    else:
+        part.save_pretrained(folder)
 
 
 def export(args, models, pipe, summary, prompts, pictures, license=None):
-    """Save the pipeline, card and `training_summary.json` in `--output_dir`.
+    """Save the pipeline, as `pipe.save_pretrained` lays it out, card and `training_summary.json` in `--output_dir`.
 
-    With `--lora_rank` the pipeline gets the merged network.
+    With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is.
 
     Args:
         prompts, pictures (`torch.Tensor`, (B, 3, H, W) in [0, 1]): what the generator drew, for the card.
@@ -54,13 +61,12 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
         The card.
     """
     folder = Path(args.output_dir)
-    if args.lora_rank > 0:
-        network = pipe.denoiser
-        if models.family.has_lora_files and models.lora is None:  # with one, the base is in no stock pipeline
-            save_lora(folder, models.family, network)
-        pipe.register_modules(**{models.denoiser: merged(network, "generator")})
-    pipe.save_pretrained(folder)
-    save_frozen_parts(models, pipe, folder)
+    if args.lora_rank > 0 and models.family.has_lora_files and models.lora is None:
+        save_lora(folder, models.family, pipe.denoiser)  # with one to start from, the base is in no stock pipeline
+    for name, part in pipe.components.items():
+        if part is not None:
+            save_part(models, pipe, name, folder / name)
+    pipe.save_config(folder)
     (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "images").mkdir(exist_ok=True)
     for i, image in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.clamp(0, 1)))):

@@ -4,7 +4,6 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
@@ -83,14 +82,26 @@ def checkpoint_block(block, *args):
     return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (acting([], None), acting(layers, role)))
 
 
-@torch.no_grad()
+class Merged:
+    """A float32 weight of a network with adapters merged into it; calling it makes the tensor."""
+
+    def __init__(self, weight, layer=None, adapter=None):
+        self.weight, self.layer, self.adapter, self.shape = weight, layer, adapter, weight.shape
+
+    @torch.no_grad()
+    def __call__(self):
+        weight = self.weight.detach().float()
+        return weight if self.layer is None else weight + self.layer.get_delta_weight(self.adapter)
+
+
 def merged(network, adapter):
-    """A plain float32 network of the same class, the adapters added to its weights; the given one is left alone."""
-    state = {k.replace(".base_layer", ""): v.float() for k, v in network.state_dict().items() if ".lora_" not in k}
+    """The state of a plain network of the same class, the adapters added to its weights: name to [`Merged`].
+
+    Nothing is computed before a tensor is asked for, so a network larger than what is free can be written to a file.
+    """
+    state = {k.replace(".base_layer", ""): Merged(v) for k, v in network.state_dict().items() if ".lora_" not in k}
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
-    with init_empty_weights():
-        plain = type(network).from_config(network.config)
-    plain.load_state_dict(state, assign=True)
-    return plain.requires_grad_(False).eval()
+            key = f"{name}.weight"
+            state[key] = Merged(state[key].weight, layer, adapter)
+    return state

@@ -275,6 +275,10 @@ def add_output_arguments(parser):
     g = parser.add_argument_group("output")
     g.add_argument("--dry_run", action="store_true", help="check, print the memory that each actor needs, and stop")
     g.add_argument(
+        "--memory_gib", type=float,
+        help="with --dry_run: predict the peak, activations included, and say what fits into so much memory",
+    )  # fmt: skip
+    g.add_argument(
         "--output_dir", type=text, default="diff-instruct-pp", help="the exported pipeline, checkpoints and logs"
     )
     g.add_argument(

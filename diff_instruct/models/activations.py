@@ -1,0 +1,225 @@
+"""What a run holds beside weights, before anything is loaded: Algorithm 1 on tensors that have no contents."""
+
+import copy
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import diffusers
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BatchEncoding
+
+from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.models.loading import shipped_scheduler
+from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.sources import read_index
+from diff_instruct.rewards.specs import read_rewards
+from pipeline_one_step import OneStepPipeline
+
+
+# Of rewards at their published sizes: parameters, and the bytes that a graph holds for one picture in float32, as
+# `Live` counts them on `benchmarks/reward_cost.py`'s networks.
+REWARDS = {
+    "image_reward": (446_206_689, 267_699_784),
+    "clip": (427_616_513, 357_307_816),
+    "aesthetic": (304_894_178, 356_903_848),
+}
+
+
+class Live(TorchDispatchMode):
+    """Within: counts the bytes of storages that operations make and that are still held; `peak` is the highest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self.see(tensor, is_new=False)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self.see(tensor, is_new=True)
+        return result
+
+    def see(self, tensor, is_new):
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if is_new else 0
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, lambda _: self.free(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def free(self, key, size):
+        del self.known[key]
+        self.now -= size
+
+    def highest(self, function):
+        """The highest sum while the function runs, in bytes, above what is held before it."""
+        before = self.peak = self.now
+        function()
+        return self.peak - before
+
+
+class Tokens:
+    """Any tokenizer: as many tokens as there can be."""
+
+    model_max_length = 77
+
+    def encode(self, text):
+        return [1] * len(text.split())
+
+    def __call__(self, prompt, max_length=77, **_):
+        tokens = torch.ones(len(prompt), max_length, dtype=torch.long)
+        return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
+
+
+class Held(torch.autograd.Function):
+    """A score whose graph holds so many bytes."""
+
+    @staticmethod
+    def forward(ctx, pixels, size):
+        ctx.save_for_backward(torch.empty(size, dtype=torch.uint8))
+        ctx.shape = pixels.shape
+        return pixels.mean(dim=(1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.view(-1, 1, 1, 1).expand(ctx.shape).clone(), None
+
+
+class Reward:
+    """As much as the rewards of the arguments hold for a picture."""
+
+    def __init__(self, args):
+        sizes = [REWARDS.get(spec.name, (0, 0))[1] for spec in read_rewards(args)[0]]
+        self.size = sum(sizes) // (2 if args.reward_dtype == "bf16" else 1)
+
+    def __call__(self, pixels, prompts):
+        return Held.apply(pixels, self.size * len(prompts))
+
+    def take_parts(self, n):
+        return {}
+
+
+def hollow(network, dtype, fake):
+    """A copy without contents of a network on the meta device; adapters are float32, and all that is trained."""
+    network = copy.deepcopy(network)
+    with fake:
+        for name, module in network.named_modules():
+            adapter = ".lora_" in f".{name}"
+            for key, p in module._parameters.items():
+                if p is not None:
+                    empty = torch.empty(p.shape, dtype=torch.float32 if adapter else dtype)
+                    module._parameters[key] = torch.nn.Parameter(empty, requires_grad=adapter)
+    return network
+
+
+def hollow_scheduler(models):
+    """The scheduler of [`OneStepPipeline`], from the reference's config."""
+    source = models.reference
+    _, name = read_index(source.path, **source.where)["scheduler"]
+    cls = getattr(diffusers, name)
+    config = cls.load_config(source.path, subfolder="scheduler", **source.where)
+    return shipped_scheduler(models, cls.from_config(config))
+
+
+def hollow_actors(args, models, dtype, autocast, fake):
+    """(pipe, generator, TA, reference) as `load_actors` makes them, without contents."""
+    plain, targets = models.networks[models.denoiser], models.family.lora_targets
+    base, shared = copy.deepcopy(plain), models.generator is None
+    for name, rank in (("generator", args.lora_rank if shared else 0), ("ta", args.ta_lora_rank)):
+        if rank:
+            add_lora(base, name, rank, None, targets)
+    ref = hollow(base, dtype, fake)
+    ta = ref if args.ta_lora_rank else hollow(plain, torch.float32, fake).requires_grad_(True)
+    if args.lora_rank == 0:
+        own = hollow(plain, torch.float32, fake).requires_grad_(True)
+    else:
+        own = ref
+        if not shared:
+            own = hollow(add_lora(copy.deepcopy(plain), "generator", args.lora_rank, None, targets), dtype, fake)
+    parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
+    for network in (own, ta, ref):
+        if args.gradient_checkpointing:
+            network.enable_gradient_checkpointing(checkpoint_block)
+        network.train()
+    if args.gradient_checkpointing and parts["vae"]._supports_gradient_checkpointing:
+        parts["vae"].enable_gradient_checkpointing()
+    parts["vae"].eval()
+    missing = dict.fromkeys(OneStepPipeline._optional_components)
+    pipe = OneStepPipeline(
+        **{**missing, **parts, models.denoiser: own},
+        scheduler=hollow_scheduler(models),
+        timestep=models.timestep,
+        family=models.family.name,
+        input_noise=models.input_noise,
+        embedded_guidance=models.family.embedded_guidance,
+    )
+    pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
+    roles = (own, "generator" if args.lora_rank else None), (ta, "ta" if args.ta_lora_rank else None), (ref, None)
+    return pipe, *(Denoiser(pipe, network, adapter, autocast) for network, adapter in roles)
+
+
+def activations(args, models, mixed_precision, algorithm):
+    """The most that each phase of a run holds beside weights, optimizers and the average: phase to bytes.
+
+    Gradients of what is trained are counted here, where they are: those of generator and TA are never held at once.
+
+    Args:
+        models ([`Models`]), mixed_precision: as in `plan`.
+        algorithm: (Batch, ta_loss, generator_gradient) of the training script.
+    """
+    Batch, ta_loss, generator_gradient = algorithm
+    half = mixed_precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    pipe, generator, ta, ref = hollow_actors(args, models, dtype, autocast, fake)
+    size, n, decoded = args.train_batch_size, len(pipe.timesteps) - 1, args.reward_batch_size or args.train_batch_size
+
+    with fake, Live() as live:
+        shape = pipe.latent_shape(args.resolution, args.resolution)
+
+        def batch(b):
+            with torch.no_grad():
+                c = pipe.encode_prompt(["a"] * b)
+            z, eps, noise = torch.randn(b, *shape), torch.randn(b, *shape), torch.randn(n, b, *shape)
+            step, t = torch.full((b,), n), torch.full((b,), int(pipe.schedule.steps // 2))
+            return Batch(["a"] * b, c, z, noise, step, t, eps)
+
+        def ta_step():
+            ta_loss(one, generator, ta).backward()
+
+        def generator_step():
+            x0 = generator.generate(one.z, one.c, one.noise, one.step)
+            frozen = [p for p in ta.network.parameters() if p.requires_grad]
+            for p in frozen:
+                p.requires_grad_(False)
+            options = one, ta, ref, one.c, Reward(args), pipe.decode, args.reward_scale, args.cfg_scale, args
+            gradient, _ = generator_gradient(x0, *options)
+            for p in frozen:
+                p.requires_grad_(True)
+            x0.backward(gradient)
+
+        @torch.no_grad()
+        def validation():
+            x0 = generator.generate(judged.z, judged.c, judged.noise)
+            for part in x0.split(decoded):
+                pipe.decode(part).clamp(0, 1)
+
+        def without_gradients(network):
+            for p in network.parameters():
+                p.grad = None
+
+        one, judged = batch(size), batch(args.num_eval_images)
+        peaks = {"teaching assistant's step": live.highest(ta_step)}
+        without_gradients(ta.network)
+        peaks["generator's step"] = live.highest(generator_step)
+        without_gradients(generator.network)
+        peaks["validation"] = live.highest(validation)
+    return peaks

@@ -1,0 +1,155 @@
+"""What a run holds in memory, and that nothing that saves some changes its results."""
+
+import copy
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from safetensors.torch import load_file
+
+import train_diff_instruct_pp as script
+from diff_instruct.export.tensors import save_network
+from diff_instruct.models.activations import Live, activations
+from diff_instruct.models.actors import load_actors
+from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
+from diff_instruct.models.sources import models_of
+from diff_instruct.training.arguments import parse_args
+from tests.runs import run
+
+
+TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
+
+
+class RewardOfPixels:
+    """The mean of the green channel."""
+
+    def __call__(self, pixels, prompts):
+        return pixels[:, 1].mean(dim=(1, 2))
+
+    def take_parts(self, n):
+        return {}
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """(plain network, the same with adapters that do something)."""
+    plain, network = (PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer") for _ in range(2))
+    add_lora(network, "generator", 2, 4, TARGETS)
+    for p in trained_parameters(network, "generator").values():
+        torch.nn.init.normal_(p, std=0.3)
+    return plain, network
+
+
+@pytest.mark.parametrize("size", ["10GB", "5KB"])
+def test_merging_writes_what_diffusers_would_with_one_tensor_in_memory(adapted, tmp_path, monkeypatch, size):
+    """Names, values, shards and index; and no tensor is made before the one before it is gone."""
+    plain, network = adapted
+    plain.load_state_dict({k: make() for k, make in merged(network, "generator").items()})
+    plain.save_pretrained(tmp_path / "whole", max_shard_size=size)
+
+    make, made = Merged.__call__, []
+
+    def counted(weight):
+        assert sum(tensor() is not None for tensor in made) <= 1  # the caller's name for the one before
+        tensor = make(weight).clone()
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Merged, "__call__", counted)
+    save_network(network, tmp_path / "streamed", merged(network, "generator"), max_shard_size=size)
+    whole, streamed = (sorted((tmp_path / name).iterdir()) for name in ("whole", "streamed"))
+    assert [p.name for p in whole] == [p.name for p in streamed] and len(made) == len(plain.state_dict())
+    assert (len(whole) > 3) == (size == "5KB")
+    for one, other in zip(whole, streamed):
+        if one.suffix == ".safetensors":
+            one, other = load_file(one), load_file(other)
+            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "streamed").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in plain.state_dict().items())
+
+
+def test_a_tensor_of_another_shape_is_not_written(adapted, tmp_path):
+    state = merged(adapted[1], "generator")
+    state["proj_out.bias"].weight = torch.zeros(3)
+    with pytest.raises(ValueError, match="expected a tensor"):
+        save_network(adapted[1], tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"]],
+)
+def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
+    """The TA's phase on the loaded actors, counted while it runs, against what is said before anything is loaded."""
+    args = parse_args([str(a) for a in [*tiny_args, *options]])
+    models, half = models_of(args), args.mixed_precision == "bf16"
+    algorithm = script.Batch, script.ta_loss, script.generator_gradient
+    predicted = activations(args, models, args.mixed_precision or "no", algorithm)
+    assert predicted["generator's step"] > predicted["validation"] > 0
+
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
+    actors = load_actors(models, "cpu", torch.bfloat16 if half else torch.float32, autocast, args)
+    z, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+    with torch.no_grad():
+        c = actors.pipe.encode_prompt(["a"] * 2)
+    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, z)
+    with Live() as live:
+        counted = live.highest(lambda: script.ta_loss(one, actors.generator, actors.ta).backward())
+    assert predicted["teaching assistant's step"] == pytest.approx(counted, rel=0.03)
+
+
+def test_what_fits_is_said(tiny_args, capsys):
+    """A large memory: a larger batch; a small one: flags; a tiny one: that it does not fit."""
+    for gib, words in ((1, "so does a batch of about"), (1e-6, "does not fit into 1e-06 GiB")):
+        run([*tiny_args, "--dry_run", "--memory_gib", gib])
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [[], ["--divergence", "score", "--huber_c", 0.1], ["--preset", "didr"]])
+def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
+    """Gradients of both adapters, with checkpointing on the one base, against separate copies without it."""
+    options = [*tiny_args, *method, "--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing"]
+    args = parse_args([str(a) for a in options])
+    actors = load_actors(models_of(args), "cpu", torch.float32, nullcontext, args)
+    assert actors.generator.network is actors.ta.network is actors.ref.network
+    rng = torch.Generator().manual_seed(1)
+    for role in (actors.generator, actors.ta):
+        for p in trained_parameters(role.network, role.adapter).values():
+            p.data = torch.randn(p.shape, generator=rng) * 0.2
+    copies = [copy.deepcopy(actors.ref.network) for _ in range(3)]
+    for network in copies:
+        network.disable_gradient_checkpointing()
+    separate = [Denoiser(actors.pipe, n, role) for n, role in zip(copies, ("generator", "ta", None))]
+
+    z, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([300, 700])
+    with torch.no_grad():
+        c, null = (actors.pipe.encode_prompt(prompts) for prompts in (["a red apple", "blue cat"], ["", ""]))
+    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, eps)
+
+    def gradients(generator, ta, ref):
+        for role in (generator, ta):
+            role.network.requires_grad_(False)
+            for p in trained_parameters(role.network, role.adapter).values():
+                p.requires_grad_(True)
+        script.ta_loss(one, generator, ta).backward()
+        x0 = generator.generate(z, c)
+        of_ta = trained_parameters(ta.network, "ta").values()
+        found = [p.grad.clone() for p in of_ta]
+        for p in of_ta:
+            p.requires_grad_(False)
+        reward = RewardOfPixels()
+        dL_dx0, _ = script.generator_gradient(x0, one, ta, ref, null, reward, actors.pipe.decode, 2.0, 3.0, args)
+        for p in of_ta:
+            p.requires_grad_(True)
+        x0.backward(dL_dx0)
+        return found + [p.grad for p in trained_parameters(generator.network, "generator").values()]
+
+    shared, apart = gradients(actors.generator, actors.ta, actors.ref), gradients(*separate)
+    assert len(shared) == len(apart) and all(g.abs().max() > 0 for g in apart)
+    for one_base, own_base in zip(shared, apart):
+        torch.testing.assert_close(one_base, own_base, rtol=1e-4, atol=1e-5 * own_base.abs().max().item())
