@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.tensors import save_network
+from diff_instruct.models import memory_plan
 from diff_instruct.models.activations import Live, activations
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
+from diff_instruct.models.memory_plan import GIB
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
 from tests.runs import run
@@ -94,6 +96,9 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
 
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     actors = load_actors(models, "cpu", torch.bfloat16 if half else torch.float32, autocast, args)
+    for role in (actors.generator, actors.ta):
+        for p in trained_parameters(role.network, role.adapter).values():
+            p.requires_grad_(True)
     z, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
     with torch.no_grad():
         c = actors.pipe.encode_prompt(["a"] * 2)
@@ -103,11 +108,24 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     assert predicted["teaching assistant's step"] == pytest.approx(counted, rel=0.03)
 
 
-def test_what_fits_is_said(tiny_args, capsys):
-    """A large memory: a larger batch; a small one: flags; a tiny one: that it does not fit."""
-    for gib, words in ((1, "so does a batch of about"), (1e-6, "does not fit into 1e-06 GiB")):
-        run([*tiny_args, "--dry_run", "--memory_gib", gib])
-        assert words in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "gib, words",
+    [
+        (50, "It fits into 50 GiB, and so does a batch of about 10."),
+        (7, "It fits into 7 GiB with --gradient_checkpointing --reward_batch_size 1: 6.00 GiB."),
+        (1, "It does not fit into 1 GiB: 6.00 GiB even with --gradient_checkpointing --reward_batch_size 1 --re"),
+    ],
+)
+def test_what_fits_is_said(tiny_args, monkeypatch, capsys, gib, words):
+    """In a world of 5 GiB for each of two images, 4 with checkpointing, 3 if they are also decoded one by one."""
+
+    def peak(args, *_):
+        each = 5 - args.gradient_checkpointing - (args.reward_batch_size == 1)
+        return "generator's step", args.train_batch_size * each * GIB
+
+    monkeypatch.setattr(memory_plan, "peak", peak)
+    run([*tiny_args, "--dry_run", "--memory_gib", gib])
+    assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [[], ["--divergence", "score", "--huber_c", 0.1], ["--preset", "didr"]])
@@ -133,7 +151,6 @@ def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
 
     def gradients(generator, ta, ref):
         for role in (generator, ta):
-            role.network.requires_grad_(False)
             for p in trained_parameters(role.network, role.adapter).values():
                 p.requires_grad_(True)
         script.ta_loss(one, generator, ta).backward()
@@ -143,7 +160,8 @@ def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
         for p in of_ta:
             p.requires_grad_(False)
         reward = RewardOfPixels()
-        dL_dx0, _ = script.generator_gradient(x0, one, ta, ref, null, reward, actors.pipe.decode, 2.0, 3.0, args)
+        weights = 2.0, 3.0, False
+        dL_dx0, _ = script.generator_gradient(x0, one, ta, ref, null, reward, actors.pipe.decode, *weights, args)
         for p in of_ta:
             p.requires_grad_(True)
         x0.backward(dL_dx0)

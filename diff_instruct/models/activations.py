@@ -200,7 +200,8 @@ def activations(args, models, mixed_precision, algorithm):
             frozen = [p for p in ta.network.parameters() if p.requires_grad]
             for p in frozen:
                 p.requires_grad_(False)
-            options = one, ta, ref, one.c, Reward(args), pipe.decode, args.reward_scale, args.cfg_scale, args
+            weights = float(args.reward_scale != 0), args.cfg_scale, False
+            options = one, ta, ref, one.c, Reward(args), pipe.decode, *weights, args
             gradient, _ = generator_gradient(x0, *options)
             for p in frozen:
                 p.requires_grad_(True)
