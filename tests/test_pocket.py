@@ -5,11 +5,12 @@ import colorsys
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import PixArtAlphaPipeline
 
 from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import read_models
+from diff_instruct.models.sources import models_of
 from diff_instruct.rewards.loading import load_reward
 from diff_instruct.rewards.specs import RewardSpec
 from diff_instruct.training.arguments import parse_args
@@ -18,19 +19,27 @@ from pocket.build import retrieval_rate
 from pocket.fit import fit, learning_rate, steps_done
 
 
-def discs(size=64):
-    """A disc in every colour on every other background: pixels (B, 3, 64, 64), and what they mean."""
+def small_world(size=64):
+    """Discs as fish (shown) and bears (held out), in every colour on every other background, as a `World`."""
     axis = torch.linspace(-1, 1, size)
     alpha = (axis[:, None] ** 2 + axis[None] ** 2 < 0.5).to(torch.uint8) * 255
-    pixels, meanings = [], []
-    for colour, hue in world.HUES.items():
-        rgb = torch.tensor([round(255 * v) for v in colorsys.hls_to_rgb(hue / 360, 0.45, 0.8)], dtype=torch.uint8)
-        icon = torch.cat([rgb.view(3, 1, 1).expand(3, size, size), alpha[None]])
-        for b, background in enumerate(world.BACKGROUNDS):
-            if background != colour:
-                pixels.append(world.compose(icon[None], torch.tensor([b])))
-                meanings.append(world.Meaning("heart", colour, background))
-    return torch.cat(pixels), meanings
+    entries, icons_ = [], []
+    for noun in ("fish", "bear"):
+        for colour, hue in world.HUES.items():
+            rgb = [round(255 * v) for v in colorsys.hls_to_rgb(hue / 360, 0.45, 0.8)]
+            rgb = torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, size, size)
+            icons_.append(torch.cat([rgb, alpha[None]]))
+            entries.append({"noun": noun, "colour": colour, "set": "noto"})
+    pairs = [(i, b) for i, e in enumerate(entries) for b, name in enumerate(world.BACKGROUNDS) if name != e["colour"]]
+    heldout = torch.tensor([entries[i]["noun"] == "bear" for i, _ in pairs])
+    return world.World(torch.stack(icons_), entries, torch.tensor(pairs), heldout)
+
+
+def discs():
+    """The discs that are shown: pixels (B, 3, 64, 64), and what they mean."""
+    small = small_world()
+    shown = (~small.heldout).nonzero()[:, 0]
+    return small.pixels(shown), [small.meaning(i) for i in shown]
 
 
 def test_the_committed_generator_draws_what_it_is_asked_for(tmp_path):
@@ -38,8 +47,8 @@ def test_the_committed_generator_draws_what_it_is_asked_for(tmp_path):
     args = parse_args(["--output_dir", str(tmp_path)])
     captions = open(args.train_prompts).read().splitlines()
     prompts = captions[::13][:96]
-    models = read_models(args)
-    pipe = load_generator(args, models, load_reference(args, models, torch.float32))
+    models = models_of(args)
+    pipe = load_generator(models, load_reference(models, torch.float32))
     z = fixed_noise(pipe.latent_shape(), 0, len(prompts))
     images = pipe(prompts, latents=z, output_type="pt").images
     assert images.shape == (96, 3, 64, 64)
@@ -154,16 +163,17 @@ def test_a_stage_that_was_killed_continues_exactly(tmp_path):
     assert n == 0 and torch.equal(again, whole)
 
 
-def test_pictures_are_drawn_from_pairs_that_are_shown_or_held_out():
-    """Two icons of which one, a red fish, is held out: what is picked to be measured is of its own group only."""
-    entries = [{"noun": n, "colour": c, "set": "noto"} for n, c in (("fish", "red"), ("bear", "blue"))]
-    rgba = torch.full((2, 4, 64, 64), 255, dtype=torch.uint8)
-    rgba[0, 3] = 0
-    pairs = torch.tensor([(0, 3), (0, 4), (1, 3), (1, 4)])
-    small = world.World(rgba, entries, pairs, torch.tensor([True, True, False, False]))
-    assert sorted(measure.some_pairs(small, True, 5).tolist()) == [0, 1]
-    assert sorted(measure.some_pairs(small, False, 5).tolist()) == [2, 3]
-    assert small.captions()[1] == "a red fish on a green background"
-    pixels = small.pixels(torch.tensor([1, 3]))
-    assert torch.equal(pixels[0, :, 0, 0] * 255, torch.tensor(world.BACKGROUNDS["green"]).float())
-    assert pixels[1].min() == 1  # opaque white covers it
+def test_the_reference_is_measured_beside_real_pictures_on_pairs_shown_and_held_out(tiny_model, tiny_pocket):
+    small = small_world()
+    for heldout, noun in ((False, "fish"), (True, "bear")):
+        picked = measure.some_pairs(small, heldout, 40)
+        assert {small.meaning(i).noun for i in picked} == {noun} and len(set(picked.tolist())) == 40
+    assert small.captions()[3] == "a red fish on a green background"
+    pipe = PixArtAlphaPipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    scorer = load_reward(RewardSpec("pocket", checkpoint=str(tiny_pocket / "scorer")))
+    table = measure.measure_reference(pipe, small, scorer, n=3, guidance_scales=(1.0, 2.0), steps=2)
+    for group in ("seen", "heldout"):
+        assert list(table[group]) == ["real pictures", "through the VAE", "guidance 1", "guidance 2"]
+        assert table[group]["real pictures"]["background"] == table[group]["real pictures"]["colour"] == 1
+    assert measure.as_markdown(table).count("\n") == 6
