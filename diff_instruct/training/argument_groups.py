@@ -275,7 +275,7 @@ def add_output_arguments(parser):
     g = parser.add_argument_group("output")
     g.add_argument("--dry_run", action="store_true", help="check, print the memory that each actor needs, and stop")
     g.add_argument(
-        "--memory_gib", type=float,
+        "--memory_gib", type=positive,
         help="with --dry_run: predict the peak, activations included, and say what fits into so much memory",
     )  # fmt: skip
     g.add_argument(
