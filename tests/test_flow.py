@@ -15,7 +15,8 @@ from diff_instruct.export.export import save_lora
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
-from diff_instruct.models.lora import trained_parameters
+from diff_instruct.models.lora import add_lora, merged, trained_parameters
+from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import pack, unpack
