@@ -44,7 +44,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them (folder, file or Hub id), and their scale."""
+    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), and their scale."""
 
     path: str
     scale: float = 1.0
