@@ -202,7 +202,12 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
     assert torch.equal(reference_output(seen["actors"]), seen["before"])
     trained = trained_parameters(seen["generator"].network, seen["generator"].adapter)
     moved = {k for k, v in trained.items() if not torch.equal(v, seen["start"][k])}
-    assert len(moved) > 0.9 * len(trained), sorted(trained.keys() - moved)
+    still = trained.keys() - moved
+    if name == "QwenImagePipeline":  # nothing reads what the last block makes of the prompt
+        last = "transformer_blocks.1."
+        assert all(k.startswith(last) and any(w in k for w in ("add_", "txt_")) for k in still), sorted(still)
+    else:
+        assert len(still) < 0.1 * len(trained), sorted(still)
 
     out, (_, images) = tmp_path / "out", seen["trained"]
     shipped = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
@@ -271,4 +276,4 @@ def test_reference_lora_is_fused(flow_args, tmp_path):
 def merged_at(network, scale):
     """The merged weights with the adapters scaled."""
     base = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if ".lora_" not in k}
-    return {k: base[k] + scale * (v - base[k]) for k, v in merged(network, "generator").state_dict().items()}
+    return {k: base[k] + scale * (v() - base[k]) for k, v in merged(network, "generator").items()}
