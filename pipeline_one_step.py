@@ -337,8 +337,8 @@ class Sana(Family):
 
 
 class SanaSprint(Sana):
-    """Sana-Sprint: Sana with guidance as an input. It knows no ∅. Its trigonometric flow at angle a is the straight one
-    at σ = sin a / (sin a + cos a), which is what its network takes as the time."""
+    """Sana-Sprint: Sana with guidance as an input. It knows no ∅. Its trigonometric flow at angle a is the straight
+    one at σ = sin a / (sin a + cos a), which is what its network takes as the time."""
 
     embedded_guidance = 4.5
 
@@ -754,7 +754,7 @@ class OneStepPipeline(DiffusionPipeline):
         pixels = self.family.decode(self, x0).float() / 2 + 0.5
         if upcast:
             self.vae.half()
-        return pixels
+        return pixels.contiguous()  # some VAEs leave the channels last
 
     @torch.no_grad()
     def __call__(

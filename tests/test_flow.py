@@ -1,5 +1,5 @@
-"""Each flow-matching family on tiny networks of the real classes: training's forward, the export and the stock pipeline
-agree; so do the guided reference and LoRA files. A new family passes these tests, see docs/families.md."""
+"""Each flow-matching family on tiny networks of the real classes: training's forward, the export and the stock
+pipeline agree; so do the guided reference and LoRA files. A new family passes these tests, see docs/families.md."""
 
 import json
 from contextlib import nullcontext
@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
+from diff_instruct.export.export import save_lora
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
-from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.lora import add_lora, merged, trained_parameters
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
-from pipeline_one_step import OneStepPipeline, pack, unpack
+from pipeline_one_step import pack, unpack
 from tests.runs import load, watch_actors
 from tests.tiny_flow import FLOW, SIDE, save_tiny_flow
 
@@ -79,7 +81,7 @@ def stock_images(name, pipe, prompts, z, stock=None):
 
 
 def seeded_noise(pipe, z):
-    """The noise of the further steps as the stock's sampler draws it: from torch's own generator, of tokens in some."""
+    """The noise of the further steps as the stock's sampler draws it: from torch's own generator, some of tokens."""
     torch.manual_seed(7)
     tokens = (len(z), z[0, 0].numel(), z.shape[1])
     if FAMILIES[pipe.config.family].packed:
@@ -200,7 +202,12 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
     assert torch.equal(reference_output(seen["actors"]), seen["before"])
     trained = trained_parameters(seen["generator"].network, seen["generator"].adapter)
     moved = {k for k, v in trained.items() if not torch.equal(v, seen["start"][k])}
-    assert len(moved) > 0.9 * len(trained), sorted(trained.keys() - moved)
+    still = trained.keys() - moved
+    if name == "QwenImagePipeline":  # nothing reads what the last block makes of the prompt
+        last = "transformer_blocks.1."
+        assert all(k.startswith(last) and any(w in k for w in ("add_", "txt_")) for k in still), sorted(still)
+    else:
+        assert len(still) < 0.1 * len(trained), sorted(still)
 
     out, (_, images) = tmp_path / "out", seen["trained"]
     shipped = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
@@ -222,3 +229,51 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
         torch.testing.assert_close(stock_images(name, again, PROMPTS, seen["z"], stock), images, atol=1e-5, rtol=0)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert any(row.get("norm_reward", 0) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("StableDiffusion3Pipeline", ["--timestep", 0], r"must be in 1\.\.1000"),
+        ("StableDiffusion3Pipeline", ["--timestep", 1001], r"must be in 1\.\.1000"),
+        ("FluxPipeline", ["--resolution", 34], "must be a multiple of 4"),
+        ("schnell", ["--embedded_guidance", 3], "does not take guidance as an input"),
+        ("SanaSprintPipeline", ["--cfg_scale", 4.5], "--cfg_scale 4.5: .* knows no ∅"),
+        ("SanaSprintPipeline", ["--pretrain_steps", 1], "--pretrain_cfg_scale 1.5: .* knows no ∅"),
+        ("StableDiffusion3Pipeline", ["--reference_lora", "/nowhere"], "--reference_lora /nowhere"),
+    ],
+)
+def test_mistakes_before_weights(flow_args, name, options, message):
+    with pytest.raises(Mistake, match=message):
+        models_of(parse_args(flow_args(name, *options)))
+
+
+def test_a_generator_of_another_family_and_a_distilled_one(flow_args, models):
+    start = ["--pretrained_generator_name_or_path"]
+    with pytest.raises(Mistake, match="does not fit|is a "):
+        models_of(parse_args(flow_args("SanaPipeline", *start, models("SanaSprintPipeline"))))
+    for path in (models("ZImagePipeline"), models("ZImagePipeline") + "/transformer"):
+        read = models_of(parse_args(flow_args("ZImagePipeline", *start, path)))
+        assert (read.timestep, read.input_noise) == (1000, "unit")
+
+
+def test_reference_lora_is_fused(flow_args, tmp_path):
+    """The reference and the generator that starts as it are the network with its adapters, at the given scale."""
+    _, loaded, stock, _ = load(flow_args("StableDiffusion3Pipeline"))
+    network = add_lora(stock.transformer, "generator", 2, 4, loaded.family.lora_targets)
+    for p in trained_parameters(network, "generator").values():
+        torch.nn.init.normal_(p, std=0.3)
+    save_lora(tmp_path, loaded.family, network)
+    expected = {s: merged_at(network, s) for s in (1.0, 0.5)}
+    for scale, option in ((1.0, str(tmp_path)), (0.5, f"{tmp_path}:0.5")):
+        _, _, stock, pipe = load(flow_args("StableDiffusion3Pipeline", "--reference_lora", option))
+        for state in (stock.transformer.state_dict(), pipe.transformer.state_dict()):
+            assert state.keys() == expected[scale].keys()
+            for key, value in expected[scale].items():
+                torch.testing.assert_close(state[key], value, atol=1e-5, rtol=0)
+
+
+def merged_at(network, scale):
+    """The merged weights with the adapters scaled."""
+    base = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if ".lora_" not in k}
+    return {k: base[k] + scale * (v() - base[k]) for k, v in merged(network, "generator").items()}

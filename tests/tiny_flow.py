@@ -79,7 +79,8 @@ def tiny_gemma():
     tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2,
     )  # fmt: skip
     return tokenizer, randomised(Gemma2Model(config), 0.3)
 

@@ -33,7 +33,7 @@ class Family:
         timestep: t*, where a generator is evaluated if nobody says.
         unused: parts of the stock pipeline that text-to-image does not need.
         options: arguments with which the stock pipeline draws just what it is asked for.
-        guide: arguments of the stock pipeline for ∅ + α (c − ∅), of α, the embedded guidance and the number of prompts.
+        guide: arguments of the stock pipeline for ∅ + α (c − ∅), of α, embedded guidance, number of prompts.
         has_null: whether the reference knows ∅, so whether α_cfg may be other than 1.
         packed: whether the stock pipeline takes noise as tokens (see `pack`).
         lora_targets: ends of the names of the layers that get adapters.

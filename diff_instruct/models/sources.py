@@ -44,7 +44,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them: a folder, a file or a Hub id; their scale."""
+    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), and their scale."""
 
     path: str
     scale: float = 1.0
@@ -210,7 +210,7 @@ def read_models(
 
     Args:
         reference, generator, vae ([`ModelSource`]): the last two may be None: as the reference.
-        timestep (`list[int]`), generator_steps, resolution, input_noise, embedded_guidance: what is asked for, or None.
+        timestep (`list[int]`), generator_steps, resolution, input_noise, embedded_guidance: as asked for, or None.
         lora ([`Lora`]): of the reference, or None.
 
     Raises:
@@ -350,8 +350,8 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
     wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
     if wrong:
         raise Mistake(
-            f"{path} does not fit the reference's {family.denoiser}: {len(wrong)} of {len(expected)} weights are missing, "
-            f"not expected or of another shape, such as {', '.join(wrong[:3])}"
+            f"{path} does not fit the reference's {family.denoiser}: {len(wrong)} of {len(expected)} weights are "
+            f"missing, not expected or of another shape, such as {', '.join(wrong[:3])}"
         )
     trained_at, guidance = index.get("timestep"), index.get("embedded_guidance")
     if trained_at is None and family.flow:

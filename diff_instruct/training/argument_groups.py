@@ -48,7 +48,7 @@ def add_model_arguments(parser):
         nargs="+",
         help="t*, where the generator is evaluated; default: the generator's own; if it starts as the reference: "
         f"{', '.join(f'{f.timestep} ({name})' for name, f in FAMILIES.items() if not f.flow)}, 1000 (flow matching: "
-        "σ = 1; at σ < 1 unit noise is stronger than the x_t that the reference knows); or one for each step, descending",
+        "σ = 1; at σ < 1 unit noise is stronger than the reference's x_t); or one for each step, descending",
     )
     g.add_argument(
         "--generator_steps", type=whole(1, MAX_STEPS),
@@ -72,8 +72,8 @@ def add_model_arguments(parser):
     )
     g.add_argument(
         "--embedded_guidance", type=non_negative,
-        help="guidance that networks with it as an input are given (FLUX.1-dev, Sana-Sprint): generator, TA and reference "
-        "alike; default: the generator's own, else the stock pipeline's",
+        help="guidance that networks with it as an input are given (FLUX.1-dev, Sana-Sprint): generator, TA and "
+        "reference alike; default: the generator's own, else the stock pipeline's",
     )  # fmt: skip
 
 
