@@ -12,7 +12,7 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
-from tests.test_objectives import MU, SHAPE, D, M, S, W, gradient_in_a_b, schedule, x0_of_gaussian
+from tests.test_objectives import MU, SHAPE, D, M, S, W, both_schedules, gradient_in_a_b, schedule, x0_of_gaussian  # noqa: F401
 
 
 L2 = ("l2", 1.0, "inside")
@@ -45,7 +45,7 @@ def train(curvature, steps=400, **options):
 
 
 @pytest.mark.parametrize("t", [100, 400, 900])
-def test_gradient_is_that_of_the_squared_score_difference(t):
+def test_gradient_is_that_of_the_squared_score_difference(both_schedules, t):  # noqa: F811
     """Item 4: of w E (s_ψ^{a,b} − s_ref)² over the frozen law N(α b₀, u₀) of x_t, in (a, b) at (a₀, b₀)."""
     a0, b0 = 1.3, 0.1
     a, b = (torch.tensor(x, requires_grad=True) for x in (a0, b0))
@@ -60,7 +60,7 @@ def test_gradient_is_that_of_the_squared_score_difference(t):
 
 
 @pytest.mark.parametrize("huber_c", [0.1, 3.0])
-def test_gradient_is_that_of_the_pseudo_huber_distance(huber_c):
+def test_gradient_is_that_of_the_pseudo_huber_distance(both_schedules, huber_c):  # noqa: F811
     """The same for a distance that is not separable, against plain autograd in (a, b) over a frozen sample of x_t."""
     t, n = torch.full((100_000,), 400), 100_000
     a, b = (torch.tensor(x, requires_grad=True) for x in (1.3, 0.1))
@@ -75,7 +75,7 @@ def test_gradient_is_that_of_the_pseudo_huber_distance(huber_c):
     assert got == pytest.approx((a.grad.item(), b.grad.item()), rel=0.02)
 
 
-def test_detaching_the_distance_s_factor_halves_the_gradient_in_the_scale():
+def test_detaching_the_distance_s_factor_halves_the_gradient_in_the_scale(both_schedules):  # noqa: F811
     """Why both factors must carry gradient: the mean would not show it (squared L2, one t)."""
     t, n = torch.full((100_000,), 300), 100_000
     a, b = (torch.tensor(x, requires_grad=True) for x in (1.3, 0.1))
@@ -100,7 +100,7 @@ def test_pseudo_huber_with_large_c_is_squared_l2():
 
 
 @pytest.mark.parametrize("guidance, cfg_scale", [("inside", 1.0), ("inside", 3.0), ("outside", 3.0)])
-def test_score_divergence_reaches_its_optimum(guidance, cfg_scale):
+def test_score_divergence_reaches_its_optimum(both_schedules, guidance, cfg_scale):  # noqa: F811
     """DI*: a*² = S; b* = μ + (α_cfg − 1)(μ − m) + α_rew k / C, C the mean of 2 w α²/v²; outside, guidance moves it by
     (α_cfg − 1)(μ − m) times the mean of w α²/v, over C."""
     c = mean_over_t("x0", lambda alpha, v: 2 * alpha**2 / v**2)
@@ -114,7 +114,7 @@ def test_score_divergence_reaches_its_optimum(guidance, cfg_scale):
 
 @pytest.mark.parametrize("weighting", ["score", "x0"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_diffused_reward_reaches_the_tilted_mean_for_any_weighting(weighting, cfg_scale):
+def test_diffused_reward_reaches_the_tilted_mean_for_any_weighting(both_schedules, weighting, cfg_scale):  # noqa: F811
     """Item 5: b* = μ + α_rew k S (+ guidance), a*² = S: the mean of p_ref exp(α_rew r), whatever w(t)."""
     k, reward_scale = 0.2, 5.0
     c = mean_over_t(weighting, lambda alpha, v: alpha**2 / v)

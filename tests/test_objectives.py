@@ -32,10 +32,10 @@ schedule = Schedule(DDPMScheduler(beta_schedule="linear"))
 
 @pytest.fixture(params=["variance-preserving", "flow"])
 def both_schedules(request, monkeypatch):
-    """The test runs with x_t of either kind of schedule."""
+    """The test runs with x_t of either kind of schedule: `schedule` becomes the other, wherever it is imported."""
     if request.param == "flow":
-        flow = Schedule(FlowMatchEulerDiscreteScheduler(shift=1.0))
-        monkeypatch.setitem(globals(), "schedule", flow)
+        for name, value in vars(Schedule(FlowMatchEulerDiscreteScheduler(shift=1.0))).items():
+            monkeypatch.setattr(schedule, name, value)
 
 
 def x0_of_gaussian(x_t, mean, var, alpha, sigma):
