@@ -110,6 +110,8 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
         assert (untrained - seen["trained"]).abs().max() > 1e-3
     lora_file = out / "pytorch_lora_weights.safetensors"
     assert lora_file.is_file() == (lora > 0 and family != "pixart")
+    told = "loads no LoRA files" in (out / "README.md").read_text()
+    assert told == (lora > 0 and family == "pixart")
     if lora_file.is_file():
         reference.load_lora_weights(out)
         images = one_step(reference, T_STAR[family], prompt=prompts, latents=z)

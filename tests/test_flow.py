@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+import evaluate_one_step as evaluation
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
 from diff_instruct.export.export import save_lora
@@ -277,3 +278,37 @@ def merged_at(network, scale):
     """The merged weights with the adapters scaled."""
     base = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if ".lora_" not in k}
     return {k: base[k] + scale * (v() - base[k]) for k, v in merged(network, "generator").items()}
+
+
+def test_the_evaluation_draws_one_and_many_steps(flow_args, models, tiny_pocket, tmp_path):
+    """An export of its own t* beside the reference with its own sampler, through the evaluation's command line."""
+    *_, pipe = load(flow_args("StableDiffusion3Pipeline"))
+    pipe.save_pretrained(tmp_path / "export")
+    (tmp_path / "prompts.txt").write_text("a red apple\nblue cat\n")
+    entries = [f"mine={tmp_path / 'export'}", f"ref={models('StableDiffusion3Pipeline')},steps=3,guidance=2"]
+    words = ["--models", *entries, "--prompts", tmp_path / "prompts.txt", "--rewards", "pocket", "--num_images", 2,
+             "--reward_checkpoint", f"pocket={tiny_pocket / 'scorer'}", "--resolution", SIDE,
+             "--output_dir", tmp_path / "evaluation"]  # fmt: skip
+    evaluation.main(evaluation.build_parser().parse_args([str(w) for w in words]))
+    result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    figures = {name: model["figures"]["pocket"]["mean"] for name, model in result["models"].items()}
+    assert set(figures) == {"mine", "ref"} and figures["mine"] != figures["ref"]
+
+
+def test_an_export_from_before_the_flow_families_loads(tiny_args, tmp_path):
+    """Its `model_index.json` names neither a third text encoder nor a family."""
+    *_, pipe = load(tiny_args)
+    pipe.save_pretrained(tmp_path / "old")
+    index = json.loads((tmp_path / "old" / "model_index.json").read_text())
+    for key in ("tokenizer_3", "text_encoder_3", "family", "input_noise", "embedded_guidance"):
+        del index[key]
+    (tmp_path / "old" / "model_index.json").write_text(json.dumps(index))
+    old = DiffusionPipeline.from_pretrained(tmp_path / "old", trust_remote_code=True)
+    assert (old.config.family, old.config.input_noise) == ("PixArtAlphaPipeline", "unit")
+    z = noise_of(old)
+    images = [p(PROMPTS[:1], latents=z, output_type="pt").images for p in (old, pipe)]
+    assert torch.equal(*images)
+
+
+def noise_of(pipe):
+    return torch.randn(1, *pipe.latent_shape(), generator=torch.Generator().manual_seed(0))
