@@ -53,7 +53,7 @@ from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
 from diff_instruct.training.record import record_of
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
-from diff_instruct.training.trackers import check_token, end_trackers, start_trackers
+from diff_instruct.training.trackers import end_trackers, start_trackers
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
@@ -130,7 +130,6 @@ def main(args):
 
     # 1. Where it runs.
     check_engine(args)
-    check_token(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,

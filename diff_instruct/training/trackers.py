@@ -3,21 +3,11 @@
 import secrets
 from pathlib import Path
 
-from diff_instruct.mistake import Mistake
 from diff_instruct.training.endings import NotWritten, writing
 from diff_instruct.training.record import arguments_of
 
 
 RUN_ID = "tracker_run_id"
-
-
-def check_token(args):
-    """Raises Mistake if the token would be kept by a tracker: Weights & Biases records the command line."""
-    if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        raise Mistake(
-            f"--hub_token with --report_to {args.report_to}: Weights & Biases records the command line; give the "
-            "token in the environment variable HF_TOKEN, or with `hf auth login`"
-        )
 
 
 def start_trackers(accelerator, args, checkpoint=None):
