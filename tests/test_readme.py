@@ -95,6 +95,7 @@ def shortened(command, model, prompts):
     model = own if given.dry_run and own and Path(own).is_dir() else model  # a plan needs no weights
     dropped = {"--dataset_name", "--caption_column", "--variant", "--reward_checkpoint", "--push_to_hub"}
     dropped |= {"--pretrained_model_name_or_path", "--reward", "--heldout_reward"}
+    dropped |= {"--resolution", "--embedded_guidance", "--reference_lora"}  # of the model that is named
     if generator and not (Path(generator) / "model_index.json").is_file():  # else a command before made it
         dropped.add("--pretrained_generator_name_or_path")
     kept, words = [], shlex.split(command)
