@@ -30,6 +30,7 @@ BACKGROUNDS = {  # far from each other, and light enough for icons to stand out
     "black": (28, 28, 36),
 }
 
+PLURAL = {"fries", "grapes", "jeans"}  # without an article
 NOUNS = json.loads((Path(__file__).parent / "nouns.json").read_text())  # caption's noun: icon's name in the sets
 
 
@@ -43,7 +44,8 @@ def compose(rgba, background):
 def caption(noun, colour=None, background="white"):
     """What a picture shows: "a purple fish on a yellow background", "an apple" (in its own colours, on white)."""
     text = f"{colour} {noun}" if colour else noun
-    text = ("an " if text[0] in "aeiou" else "a ") + text
+    if noun not in PLURAL:
+        text = ("an " if text[0] in "aeiou" else "a ") + text
     if background == "white":
         return text
     return f"{text} on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
@@ -60,7 +62,7 @@ class Meaning:
 
 def parse(text):
     """The `Meaning` of a caption, or None if this world has no such sentence."""
-    match = re.fullmatch(r"an? (?P<what>.+?)(?: on an? (?P<where>\w+) background)?", text.strip().lower())
+    match = re.fullmatch(r"(?:an? )?(?P<what>.+?)(?: on an? (?P<where>\w+) background)?", text.strip().lower())
     if match is None:
         return None
     first, _, rest = match["what"].partition(" ")

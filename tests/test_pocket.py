@@ -101,7 +101,7 @@ def test_a_caption_says_what_parse_reads():
                 meaning = world.Meaning(noun, colour, background)
                 assert world.parse(world.caption(noun, colour, background)) == meaning
     assert world.caption("fish", "orange", "purple") == "an orange fish on a purple background"
-    assert world.caption("apple") == "an apple"
+    assert world.caption("apple") == "an apple" and world.caption("jeans", "blue") == "blue jeans"
     assert world.parse("a cat left of a guitar") is None and world.parse("a red fish on a golden background") is None
 
 
