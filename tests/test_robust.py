@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
@@ -49,6 +50,7 @@ def written(tmp_path_factory, tiny_model, tiny_pocket):
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as m:
         m.setattr(rewards, "POCKET", tiny_pocket)
+        m.setattr(torch, "set_num_threads", lambda n: None)  # as in conftest.py
         run(arguments)
     AcceleratorState._reset_state(reset_partial_state=True)
     return arguments, folder / "out"
@@ -303,23 +305,47 @@ def test_nothing_is_asked_of_finite_steps(quick_args, monkeypatch):
     run([*quick_args, "--max_train_steps", 1])
 
 
+def fake_plan(args, models, precision):
+    """GiB of a large model, by the arguments."""
+    frozen, adam = (2, 4)[precision != "bf16"], (2, 8)[not args.use_8bit_adam]
+    actors = {"reference": frozen, "text_encoder": 2 * frozen}
+    for name, rank, ema in (("generator", args.lora_rank, args.use_ema), ("teaching assistant", args.ta_lora_rank, 0)):
+        actors[name] = 0.1 if rank else 8 + adam + 4 * ema
+    return {name: {"weights": gib * 2**30} for name, gib in actors.items()}
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory: 64 bytes")],
 )
-def test_out_of_memory_names_the_largest_actor_and_flags(quick_args, monkeypatch, capsys, error):
+@pytest.mark.parametrize(
+    "options, largest, flags",
+    [
+        ([], "generator (20.00 of 48.00", "--lora_rank 64, --ta_lora_rank 64, --gradient_checkpointing"),
+        (
+            ["--lora_rank", 2, "--gradient_checkpointing"],
+            "teaching assistant (16.00 of 28.10",
+            "--ta_lora_rank 64, --mixed_precision bf16, --reward_batch_size 1",
+        ),
+        (
+            ["--lora_rank", 2, "--ta_lora_rank", 2, "--mixed_precision", "bf16", "--reward_batch_size", 1,
+             "--gradient_checkpointing"],
+            "text_encoder (4.00 of 6.20",
+            "--train_batch_size 1 --gradient_accumulation_steps 2",
+        ),
+    ],
+)  # fmt: skip
+def test_out_of_memory_names_the_largest_actor_and_flags(
+    quick_args, monkeypatch, capsys, error, options, largest, flags
+):
     def full(*args):
         raise error
 
     monkeypatch.setattr(script, "ta_loss", full)
-    code, line = ends(quick_args, capsys)
-    assert code == 4
-    assert line.startswith("stopped: out of memory: the largest actor is the generator (")
-    flags = line.split("most: ")[1].split(", ")
-    assert len(flags) == 3 and flags[0] == "--lora_rank 64" and "--gradient_checkpointing" in flags
-    code, line = ends([*quick_args, "--overwrite_output_dir", "--lora_rank", 2, "--gradient_checkpointing"], capsys)
-    assert code == 4 and "is the teaching assistant (" in line and "--ta_lora_rank 64" in line
-    assert "--lora_rank 64" not in line.replace("--ta_lora_rank 64", "") and "--gradient_checkpointing" not in line
+    monkeypatch.setattr(endings, "plan", fake_plan)
+    code, line = ends([*quick_args, *options], capsys)
+    assert code == 4 and line.startswith(f"stopped: out of memory: the largest actor is the {largest} GiB")
+    assert line.endswith(f"what would help most: {flags}")
 
 
 def test_other_errors_keep_their_traceback(quick_args, monkeypatch):
@@ -360,27 +386,32 @@ def small_disk(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("a small file system can only be mounted by root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk(quick_args, small_disk, capsys):
-    """It fills after a checkpoint: what cannot be written is told, the last whole checkpoint stays, the export ends
-    the run with one line; with room again the same command exports what a run with room would have."""
-    out = small_disk / "out"
-    command = [*quick_args, "--output_dir", out, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
-    run([*command, "--max_train_steps", 1])
+def test_a_full_disk(quick_args, small_disk, monkeypatch, capsys):
+    """It fills while the run goes on: checkpoints that cannot be written are told, the last whole one stays,
+    the export ends with one line; with room again the same command ends as a run with room does."""
+    out, loss, filler = small_disk / "out", script.ta_loss, small_disk / "filler"
+    command = [*quick_args, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    run([*command, "--output_dir", out, "--max_train_steps", 1])
+    before = weights_of(out / "checkpoint-1")
     for name in ("transformer", "vae", "text_encoder"):
         shutil.rmtree(out / name)
-    before = weights_of(out / "checkpoint-1")
-    filler = small_disk / "filler"
-    fill(filler)
-    code, line = ends([*command, "--max_train_steps", 3], capsys)
-    assert code == 5 and "the export in" in line and "no space left on the disk" in line or "Error while" in line
+    fills = lambda *args: (filler.exists() or fill(filler), loss(*args))[1]  # noqa: E731
+    with monkeypatch.context() as m:
+        m.setattr(script, "ta_loss", fills)
+        code = run_to_the_end(lambda: parse_args([str(a) for a in [*command, "--output_dir", out]]), script.main)
+    said = capsys.readouterr()
+    assert code == 5 and said.err.splitlines()[-1].startswith(f"stopped: the export in {out} could not be written: no")
+    for step in (2, 3, 4):
+        assert f"checkpoint-{step} could not be written: " in said.out
     assert checkpoints(out) == ["checkpoint-1"] and same(weights_of(out / "checkpoint-1"), before)
     filler.unlink()
-    run([*command, "--max_train_steps", 3])
-    assert "model_index.json" in os.listdir(out) and "checkpoint-3" in checkpoints(out)
-    assert [row["step"] for row in history(out)][-3:] == [1, 2, 3]
+    run([*command, "--output_dir", out])
+    run([*command, "--output_dir", small_disk.parent / "whole"])
+    assert same(weights(out), weights(small_disk.parent / "whole"))
+    assert history(out) == history(small_disk.parent / "whole")
 
 
 def fill(file):
@@ -390,8 +421,6 @@ def fill(file):
 
 
 def weights_of(checkpoint):
-    from safetensors.torch import load_file
-
     return load_file(checkpoint / "generator.safetensors")
 
 

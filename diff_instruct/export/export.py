@@ -16,6 +16,7 @@ from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
 from diff_instruct.export.tensors import save_network
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import lora_layers, merged
+from diff_instruct.training.record import portable
 
 
 WAITS = (2, 10, 60)  # seconds between attempts to upload
@@ -67,11 +68,21 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
         if part is not None:
             save_part(models, pipe, name, folder / name)
     pipe.save_config(folder)
+    forget_folders([folder / "model_index.json", *folder.glob("*/config.json")])
     (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "images").mkdir(exist_ok=True)
     for i, image in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.clamp(0, 1)))):
         image.save(folder / "images" / f"{i}.png")
     return write_card(args, pipe, summary, models.family, prompts, license or {})
+
+
+def forget_folders(files):
+    """Leave the last part of the path in `_name_or_path` of configs, which says what a part was loaded from."""
+    for file in files:
+        config = json.loads(file.read_text())
+        if "_name_or_path" in config:
+            config["_name_or_path"] = portable(config["_name_or_path"])
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def create_repository(args):

@@ -73,7 +73,7 @@ class FunctionReward(torch.nn.Module):
             raise Mistake(f"reward `{self.spec}` failed on two random pictures of 224 pixels: {line}") from error
         if not torch.isfinite(r).all():
             raise Mistake(
-                f"reward `{self.spec}` returned NaN or infinity; it must return a finite score for each image"
+                f"reward `{self.spec}` returned NaN or infinity; it must return a tensor of shape (2,), and finite"
             )
         if trained:
             (gradient,) = torch.autograd.grad(r.sum(), pixels, allow_unused=True)

@@ -52,7 +52,9 @@ class Mix(torch.nn.Module):
         return self.combine(scores)
 
     def look(self, name, values):
-        """Remember whether a part's scores or gradient are finite; nothing is waited for."""
+        """Remember whether a part's scores or gradient are finite; nothing is waited for. None: no gradient came."""
+        if values is None:
+            return
         unsound = ~values.detach().isfinite().all()
         self.unsound[name] = unsound | self.unsound[name] if name in self.unsound else unsound
 
