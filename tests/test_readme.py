@@ -223,7 +223,14 @@ def test_named_flags_exist(page):
         for make in (build_parser, evaluate_one_step.build_parser, export_for_apps.build_parser, demo.build_parser)
     ]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
-    known |= {"--config_file", "--quiet", "--logdir"}  # accelerate's and TensorBoard's
+    known |= {
+        "--config_file",
+        "--quiet",
+        "--logdir",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
+    }  # accelerate's and TensorBoard's
     for folder in ("experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
