@@ -4,7 +4,6 @@
 `python demo.py` shows the generator of the pocket reference; `python demo.py EXPORT` yours.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from diff_instruct.command_line import Parser, positive_int, whole
 from diff_instruct.evaluation.candidates import Contender, check, load
 from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
@@ -31,9 +31,7 @@ EXAMPLES = ["red heart", "green apple", "smiling face", "blue book", "black cat"
 
 def build_parser():
     """All arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", help="PATH or PATH,option=value, as in evaluate_one_step.py's --models without the name; "
         "default: the pocket reference's generator")  # fmt: skip
@@ -42,7 +40,7 @@ def build_parser():
     add("--reward", nargs="+", default=None, metavar="NAME", help="scores to show; default: the pocket reference's")
     add("--heldout_reward", nargs="+", default=None, metavar="NAME", help="more scores, called held-out")
     add("--reward_checkpoint", nargs="+", metavar="NAME=PATH", help="local files or folders, instead of the Hub's")
-    add("--resolution", type=int, help="pixels of an image's side; default: the model's own")
+    add("--resolution", type=positive_int, help="pixels of an image's side; default: the model's own")
     add("--title", default="One step, one picture")
     add("--examples", nargs="*", default=None, metavar="PROMPT", help="prompts to click on; default: the pocket's")
     add("--gallery", nargs="+", default=[], metavar="PATH", help="evaluation.json, or --output_dir of training runs")
@@ -53,7 +51,7 @@ def build_parser():
     add("--trust_remote_code", action="store_true", help="run the pipeline_one_step.py of an export on the Hub")
     add("--cache_dir", help="where downloads are kept")
     add("--server_name", default="127.0.0.1", help="0.0.0.0: others may come, too")
-    add("--server_port", type=int, default=7860)
+    add("--server_port", type=whole(1, 65535), default=7860)
     return parser
 
 

@@ -6,7 +6,6 @@ layout, the network alone, the LoRA in kohya's keys, a ComfyUI workflow, the sto
 the noise levels and command lines of each program.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from diff_instruct.command_line import Parser
 from diff_instruct.evaluation.candidates import check_one_step, is_one_step
 from diff_instruct.export.apps import find_app, where_it_runs, workflow
 from diff_instruct.export.card import LORA_WEIGHTS
@@ -30,7 +30,7 @@ KINDS = ("single_file", "network", "lora", "workflow", "diffusers")
 
 def build_parser():
     """All arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("export", help="folder or Hub id of what the training script exports")
     add("folder", help="where the files are written")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from diff_instruct.rewards import loading as rewards
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.endings import run_to_the_end
 from train_diff_instruct_pp import main
@@ -19,22 +18,21 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
 
 
-def work(arguments, pocket, log, environment):
-    """The script with the tiny scorers for `pocket`, as its last lines run it."""
+def work(arguments, log, environment):
+    """The script, as its last lines run it."""
     os.environ.update(environment)
     with open(log, "a") as f:
         for descriptor in (1, 2):
             os.dup2(f.fileno(), descriptor)
     torch.set_num_threads(1)  # and it stays so: tiny networks on busy machines wait long for a second thread
     torch.set_num_threads = lambda n: None
-    rewards.POCKET = Path(pocket)
     sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
 
 
 class Run:
     """A run that was started, of one process or several (gloo); `log` collects what it prints."""
 
-    def __init__(self, arguments, pocket, log, processes=1):
+    def __init__(self, arguments, log, processes=1):
         arguments, environment = [str(a) for a in arguments], {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             with socket.socket() as s:
@@ -45,7 +43,7 @@ class Run:
         self.log, self.processes = Path(log), []
         for rank in range(processes):
             mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            process = CONTEXT.Process(target=work, args=(arguments, str(pocket), str(log), mine))
+            process = CONTEXT.Process(target=work, args=(arguments, str(log), mine))
             process.start()
             self.processes.append(process)
 

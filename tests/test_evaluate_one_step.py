@@ -16,14 +16,11 @@ from diffusers import DDPMScheduler, PixArtAlphaPipeline, StableDiffusionXLPipel
 from PIL import Image
 
 import evaluate_one_step as script
-from diff_instruct.evaluation import prompt_sets as benchmark
 from diff_instruct.evaluation.candidates import Contender
 from diff_instruct.evaluation.judge import evaluate
 from diff_instruct.evaluation.noise import fixed_noise, noise_and_generators
 from diff_instruct.evaluation.pictures import draw_reference
-from diff_instruct.evaluation.prompt_sets import PromptSet, load_prompt_set, spread
-from diff_instruct.evaluation.report import compare_pairs, markdown, report, summarise
-from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
+from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
@@ -304,61 +301,6 @@ def test_a_file_is_there_with_all_of_its_text_or_not_at_all(tmp_path, monkeypatc
     assert Batches(tmp_path, "a", 1).missing() == [0]
 
 
-def prompt_set(n, categories=None, rule="prompts"):
-    return PromptSet("by hand", [f"prompt {i}" for i in range(n)], categories, rule)
-
-
-def test_pairs_are_compared_image_by_image():
-    """Two prompts, two images: three wins and a tie, so 3.5 of 4, and differences 3, 1, 2, 0."""
-    ours, theirs = torch.tensor([[4.0, 2.0], [3.0, 0.5]]), torch.tensor([[1.0, 1.0], [1.0, 0.5]])
-    assert wins(ours, theirs).tolist() == [[1, 1], [1, 0.5]]
-    scores = {"pocket": ours, "diversity": torch.tensor([0.2, 0.4])}
-    baseline = {"pocket": theirs, "diversity": torch.tensor([0.3, 0.3])}
-    result = compare_pairs(scores, baseline, prompt_set(2))
-    assert result["pocket"]["difference"] == {
-        "mean": 1.5,
-        "ci95": [1.0, 2.0],
-    }  # resampled means of (2, 1) are 1, 1.5, 2
-    assert result["pocket"]["win_rate"] == {"mean": 0.875, "ci95": [0.75, 1.0]}
-    assert (
-        result["diversity"]["difference"]["mean"] == pytest.approx(0, abs=1e-7)
-        and "win_rate" not in result["diversity"]
-    )
-
-
-def test_a_paired_difference_is_sharper_than_the_two_figures():
-    """The prompts differ much, the models little: only the paired interval excludes 0."""
-    rng = torch.Generator().manual_seed(0)
-    prompts, noise = 10 * torch.randn(60, 1, generator=rng), torch.randn(60, 4, generator=rng)
-    a, b = prompts + noise, prompts + noise + 0.5 + 0.1 * torch.randn(60, 4, generator=rng)
-    low, high = compare_pairs({"r": b}, {"r": a}, prompt_set(60))["r"]["difference"]["ci95"]
-    assert 0.4 < low < high < 0.6
-    (_, (_, high_a)), (_, (low_b, _)) = mean_with_interval(a), mean_with_interval(b)
-    assert low_b < high_a
-
-
-def test_the_rule_of_hpsv2_weighs_categories_alike():
-    values, categories = torch.tensor([[1.0], [1.0], [1.0], [5.0]]), ["anime", "anime", "anime", "photo"]
-    assert summarise({"hpsv2": values}, prompt_set(4, categories))["hpsv2"]["mean"] == 2
-    figure = summarise({"hpsv2": values}, prompt_set(4, categories, "categories"))["hpsv2"]
-    assert (figure["mean"], figure["ci95"]) == (3, [3, 3])  # within a category there is nothing to resample
-    assert figure["by_category"]["photo"] == {"mean": 5, "ci95": [5, 5], "n_prompts": 1}
-    assert figure["by_category"]["anime"]["n_prompts"] == 3
-
-
-def test_interval_over_categories():
-    """One category is no category; and between categories nothing varies."""
-    rng = torch.Generator().manual_seed(0)
-    values = torch.randn(50, 2, generator=rng)
-    assert mean_over_categories(values, ["a"] * 50) == mean_with_interval(values)
-    apart = torch.cat([values, values + 100])
-    categories = ["a"] * 50 + ["b"] * 50
-    mean, (low, high) = mean_over_categories(apart, categories)
-    assert mean == pytest.approx(float(values.double().mean()) + 50) and high - low < 0.6
-    _, (low, high) = mean_with_interval(apart)
-    assert high - low > 10
-
-
 def test_categories_of_a_file(options, tmp_path):
     rows = [f"{p}\t{c}" for p, c in zip(PROMPTS, ["fruit", *["animal"] * 2, *["sky"] * 4])]
     (tmp_path / "rows.tsv").write_text("\n".join(["Prompt\tCategory", *rows]) + "\n")
@@ -379,67 +321,6 @@ def test_own_functions_and_one_image(options, tmp_path):
     assert list(result["models"]["mine"]["figures"]) == ["red"]  # no diversity of one image
     assert 0 < result["models"]["mine"]["figures"]["red"]["mean"] < 1
     assert run([*options, "--rewards", reward], tmp_path / "two")["diversity_by"] == "pixels"
-
-
-def arguments(*given):
-    return script.build_parser().parse_args(["--models", "a=b", *map(str, given)])
-
-
-def test_the_prompt_sets_of_the_benchmarks(tmp_path, monkeypatch):
-    """Their files, as the Hub has them, in small: which rows and columns are taken."""
-
-    def download(repo, file, repo_type):
-        assert repo_type == "dataset"
-        return str(tmp_path / repo.replace("/", "-") / file)
-
-    monkeypatch.setattr(benchmark.huggingface_hub, "hf_hub_download", download)
-    parti = tmp_path / "nateraw-parti-prompts"
-    parti.mkdir()
-    (parti / "PartiPrompts.tsv").write_text('Prompt\tCategory\tNote\nbond\tAbstract\tx\n"A B" on a wall\tAnimals\ty\n')
-    prompts = load_prompt_set(arguments("--prompts", "parti"))
-    assert prompts.texts == ["bond", '"A B" on a wall'] and prompts.categories == ["Abstract", "Animals"]
-    assert prompts.rule == "prompts"
-
-    folder = tmp_path / "zhwang-HPDv2" / "benchmark"
-    folder.mkdir(parents=True)
-    for name in ("anime", "concept-art", "paintings", "photo"):
-        (folder / f"{name}.json").write_text(json.dumps([f"{name} {i}" for i in range(5)]))
-    prompts = load_prompt_set(arguments("--prompts", "hpsv2"))
-    assert len(prompts.texts) == 20 and prompts.rule == "categories" and prompts.categories[5] == "concept-art"
-    assert load_prompt_set(arguments("--prompts", "hpsv2", "--num_prompts", 4)).texts == [
-        "anime 0", "concept-art 0", "paintings 0", "photo 0",
-    ]  # fmt: skip
-
-    def coco(source):
-        known = source.dataset_name, source.split, source.caption_column
-        assert known == ("phiyodr/coco2017", "validation", "captions")
-        return [{"text": [f"caption {i}\n", "another"]} for i in range(5000)]
-
-    monkeypatch.setattr(benchmark, "open_prompts", coco)
-    prompts = load_prompt_set(arguments("--prompts", "coco2017"))
-    assert len(prompts.texts) == 1000 and prompts.texts[:2] == ["caption 0", "caption 5"]
-
-
-def test_the_output_says_rule_and_units():
-    """Of HPSv2: 100 · cosine, and the mean over categories."""
-    batch = {
-        "scores": {"hpsv2.1": [[28.0], [30.0]]},
-        "seconds_per_image": 1.0,
-        "gib": 1.0,
-        "truncated": {"hpsv2.1": [3]},
-    }
-    batch.update(diversity_by="hpsv2.1", latent_shape=[4, 8, 8])
-    args = arguments("--prompts", "hpsv2", "--num_images", 1)
-    prompts = prompt_set(2, ["anime", "photo"], "categories")
-    result = report(args, {"a": Contender("a", "x")}, {"a": [batch]}, prompts, torch.device("cpu"))
-    assert result["models"]["a"]["figures"]["hpsv2.1"]["mean"] == 29 and result["truncated_prompts"] == {"hpsv2.1": 1}
-    text = markdown(result)
-    assert "mean over the categories of their means" in text and "hpsv2.1: 100 · cosine" in text
-    assert "anime (1)" in text and "in part only: hpsv2.1 1" in text
-
-
-def test_even_distances():
-    assert list(spread(10, 3)) == [0, 3, 6] and list(spread(3, 10)) == list(spread(3, None)) == [0, 1, 2]
 
 
 def test_contenders():

@@ -105,14 +105,7 @@ def test_bfloat16_ships_frozen_parts_as_they_were_published(tiny_args, tiny_mode
 @pytest.mark.parametrize("lora", [0, 2])
 def test_trained_and_shipped_agree_in_bfloat16(tiny_args, tmp_path, monkeypatch, lora):
     """The picture that training drew, and that of the export in bfloat16: apart by bfloat16's rounding."""
-    drawn, script_export = {}, script.export
-
-    def keep(args, models, pipe, summary, *rest):
-        drawn["sheet"] = True
-        return script_export(args, models, pipe, summary, *rest)
-
-    monkeypatch.setattr(script, "export", keep)
-    judge_call = script.Judge.__call__
+    drawn, judge_call = {}, script.Judge.__call__
 
     def judged(self, *args):
         scores, pictures = judge_call(self, *args)

@@ -144,7 +144,7 @@ def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, 
 
     uploaded = {}
 
-    def upload_folder(folder_path, allow_patterns, repo_id, token, **_):
+    def upload_folder(folder_path, allow_patterns, repo_id, token=None, **_):
         from huggingface_hub.utils import filter_repo_objects
 
         files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]

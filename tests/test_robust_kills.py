@@ -72,7 +72,7 @@ def kill_somewhere(run, folder, rng, inside_a_write):
     return any(folder.glob("partial-checkpoint-*"))
 
 
-def kill_and_compare(command, pocket, tmp_path, steps, kills, processes=1, seed=0):
+def kill_and_compare(command, tmp_path, steps, kills, processes=1, seed=0):
     """A run that is killed so often ends as one that never was; returns (kills, those inside a write)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [
@@ -84,16 +84,16 @@ def kill_and_compare(command, pocket, tmp_path, steps, kills, processes=1, seed=
         "--resume_from_checkpoint",
         "latest",
     ]
-    assert set(Run([*command, "--output_dir", whole], pocket, tmp_path / "whole.log", processes).wait()) == {0}
+    assert set(Run([*command, "--output_dir", whole], tmp_path / "whole.log", processes).wait()) == {0}
     rng, counts = random.Random(seed), []
     log = tmp_path / "killed.log"
     for i in range(kills):
-        run = Run([*command, "--output_dir", killed], pocket, log, processes)
+        run = Run([*command, "--output_dir", killed], log, processes)
         half = kill_somewhere(run, killed, rng, inside_a_write=i % 2 == 1)
         if half is None:
             break
         counts.append(half)
-    codes = Run([*command, "--output_dir", killed], pocket, log, processes).wait()
+    codes = Run([*command, "--output_dir", killed], log, processes).wait()
     assert set(codes) == {0}, log.read_text()[-3000:]
     assert same(weights(whole), weights(killed))
     assert history(whole) == history(killed)
@@ -102,11 +102,11 @@ def kill_and_compare(command, pocket, tmp_path, steps, kills, processes=1, seed=
     return len(counts), sum(counts)
 
 
-def test_killed_twice(tiny_args, tiny_pocket, tmp_path):
+def test_killed_twice(tiny_args, tmp_path):
     """Once between two checkpoints, once in the writing of one; pretraining and alignment, one base for all roles."""
     options = ["--pretrain_steps", 3, "--max_train_steps", 6, "--lora_rank", 2, "--ta_lora_rank", 2]
     options += ["--report_to", "none", "--num_eval_prompts", 2, "--validation_steps", 0]
-    kills, _ = kill_and_compare([*tiny_args, *options], tiny_pocket, tmp_path, 9, kills=2)
+    kills, _ = kill_and_compare([*tiny_args, *options], tmp_path, 9, kills=2)
     assert kills == 2
 
 
@@ -134,10 +134,10 @@ MODES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_at_random_moments(tiny_args, tiny_pocket, tmp_path, mode, record_property):
+def test_killed_at_random_moments(tiny_args, tmp_path, mode, record_property):
     """Four kills of each mode, every other one as soon as a checkpoint is being written."""
     processes, steps, options = MODES[mode]
     command = [*tiny_args, *options, "--num_eval_prompts", 2, "--validation_steps", 4]
-    kills, inside = kill_and_compare(command, tiny_pocket, tmp_path, steps, 4, processes, seed=len(mode))
+    kills, inside = kill_and_compare(command, tmp_path, steps, 4, processes, seed=len(mode))
     print(f"\n{mode}: {kills} kills, {inside} of them left a checkpoint half written")
     assert kills == 4

@@ -177,10 +177,5 @@ def write_card(args, pipe, summary, family, prompts, license):
 
 
 def command_line():
-    """The command of this run, without the token and the folders of this machine."""
-    words, hidden = [], False
-    for word in sys.argv[1:]:
-        if not (hidden or word.startswith("--hub_token")):
-            words.append(portable(word))
-        hidden = word == "--hub_token"
-    return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *words])
+    """The command of this run, without the folders of this machine; `parse_args` has taken the token out of it."""
+    return shlex.join(["accelerate", "launch", "train_diff_instruct_pp.py", *map(portable, sys.argv[1:])])

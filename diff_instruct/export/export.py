@@ -93,7 +93,7 @@ def create_repository(args):
     """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        return create_repo(name, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+        return create_repo(name, exist_ok=True, private=args.hub_private_repo).repo_id
     except (OSError, HTTPError, HFValidationError) as error:
         raise Mistake(f"--push_to_hub: {name} cannot be created on the Hub: {str(error).splitlines()[0]}") from None
 
@@ -113,7 +113,6 @@ def upload(args, repo, pipe):
                 folder_path=args.output_dir,
                 allow_patterns=parts + files,
                 commit_message="Diff-Instruct++ one-step generator",
-                token=args.hub_token,
             )
             return
         except (OSError, HTTPError) as error:

@@ -36,7 +36,7 @@ REWARDS = {  # a key for each of specs.NAMES
     "aesthetic": Aesthetic.from_pretrained,
     "pocket": partial(pocket_scorer, "pocket", "scorer"),
     "pocket_heldout": partial(pocket_scorer, "pocket_heldout", "scorer_heldout"),
-    "pocket_truth": partial(PocketTruth.from_pretrained, POCKET / "scorer_heldout"),
+    "pocket_truth": PocketTruth.from_pretrained,
 }
 
 

@@ -72,7 +72,8 @@ def parse_args(input_args=None):
     if on_pocket and (given.dataset_name or given.train_prompts):  # one's own prompts: judge with those, too
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     if args.hub_token is not None:
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+        os.environ["HF_TOKEN"] = args.hub_token
+    del args.hub_token  # nothing that records the arguments can keep it
     if input_args is None:
         sys.argv[1:] = without_token(sys.argv[1:])
     check_args(args)

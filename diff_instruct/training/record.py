@@ -30,7 +30,7 @@ def portable(word):
 
 
 def arguments_of(args):
-    """The arguments as they are recorded, plain values by name, a list as one would type it: no token, no folders of
+    """The arguments as they are recorded, plain values by name, a list as one would type it, without the folders of
     this machine."""
     recorded = {}
     for name, value in vars(args).items():
@@ -39,7 +39,6 @@ def arguments_of(args):
         elif not isinstance(value, (int, float)):
             value = portable(value)
         recorded[name] = value
-    del recorded["hub_token"]
     return recorded
 
 
