@@ -5,7 +5,7 @@ A generator that was trained for it takes a few such steps, one evaluation at ea
 
 It runs the families in `FAMILIES`: PixArt-α, Stable Diffusion and SDXL; and of flow matching SD3, Sana, Z-Image, FLUX,
 Qwen-Image and Lumina 2. This file travels with the weights, so it needs nothing but torch, diffusers and transformers.
-The first half, schedule and pipeline, is what all families share; the second has a class for each:
+The first half, schedule and pipeline, is what all families share; the second has a class for each.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)

@@ -7,6 +7,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from tests.runs import QUICK  # noqa: E402
 from tests.tiny import PROMPTS, tiny_checkpoints, tiny_pixart, tiny_scorer  # noqa: E402
 
 
@@ -49,3 +50,9 @@ def tiny_args(tmp_path, tiny_model, tiny_pocket):
         "--train_batch_size", "2", "--max_train_steps", "4", "--num_eval_images", "2", "--num_eval_prompts", "3",
         "--learning_rate", "1e-3", "--logging_steps", "1", "--validation_steps", "2", "--checkpointing_steps", "2",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def quick_args(tiny_args):
+    """The same, judging and drawing as little as can be."""
+    return [*tiny_args, *QUICK]

@@ -13,6 +13,10 @@ from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.history import TIMINGS
 
 
+# Options of a run that judges and draws as little as can be.
+QUICK = ["--report_to", "none", "--num_eval_prompts", 1, "--validation_steps", 0, "--num_validation_prompts", 1]
+
+
 def run(arguments):
     script.main(parse_args([str(a) for a in arguments]))
 

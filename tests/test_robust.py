@@ -14,16 +14,8 @@ from accelerate.state import AcceleratorState
 from diff_instruct.mistake import Mistake
 from diff_instruct.training.checkpoints import list_checkpoints, put_in_place
 from tests.processes import Run
-from tests.runs import checkpoints, history, run, same, weights
+from tests.runs import QUICK, checkpoints, history, run, same, weights
 from tests.tiny import PROMPTS
-
-
-QUICK = ["--report_to", "none", "--num_eval_prompts", 1, "--validation_steps", 0, "--num_validation_prompts", 1]
-
-
-@pytest.fixture
-def quick_args(tiny_args):
-    return [*tiny_args, *QUICK]
 
 
 @pytest.fixture(scope="module")
