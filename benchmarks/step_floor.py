@@ -75,10 +75,18 @@ def script_iterations(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=15, help="on each side, in three rounds")
-    n = parser.parse_args().iterations
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=32,
+        help="different ones: 32 are encoded in the first steps, 1036 are new in each",
+    )
+    ours = parser.parse_args()
+    n = ours.iterations
     args = parse_args(
         f"--max_train_steps {n // 3 + 2} --ta_warmup_steps 0 --validation_steps 0 --checkpointing_steps 0 "
-        "--report_to none --num_eval_prompts 2 --output_dir /tmp/step-floor".split()
+        "--report_to none --num_eval_prompts 2 --output_dir /tmp/step-floor --overwrite_output_dir "
+        f"--max_train_samples {ours.prompts}".split()
     )
     torch.manual_seed(0)
     bare, full = [], []
