@@ -1,6 +1,7 @@
 """The endless order of prompts: complete, shared by processes, continued exactly, read again when it breaks."""
 
 import json
+import threading
 from itertools import islice
 
 import pytest
@@ -38,6 +39,14 @@ def test_processes_share_the_epochs_by_position(tmp_path, n, files, world):
     for rank in range(world):
         alone = list(islice(PromptStream(dataset, 0, 50, rank, world), each))
         assert alone == together[rank::world]
+
+
+def test_several_files_are_read_without_threads(tmp_path):
+    """Those of `datasets` wait for each other for ever if an iterator is left while another one starts."""
+    streams = [PromptStream(numbered(tmp_path, 40, 4), seed, 20) for seed in range(3)]
+    for stream in streams:
+        list(islice(stream, 5))
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (1, 3), (3, 2)])
