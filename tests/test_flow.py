@@ -209,7 +209,7 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
     still = trained.keys() - moved
     if name == "QwenImagePipeline":  # nothing reads what the last block makes of the prompt
         last = "transformer_blocks.1."
-        assert not [k for k in still if not (k.startswith(last) and any(w in k for w in ("add", "txt_")))]
+        assert not [k for k in still if not k.startswith(last) or not any(w in k for w in ("add", "txt_"))]
     else:
         assert len(still) < 0.1 * len(trained), sorted(still)
 
