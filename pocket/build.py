@@ -1,4 +1,4 @@
-"""Build the pocket world's networks from four npm packages: `python -m pocket.build`, or one `--stage` of it.
+"""Build the pocket world's networks from two npm packages: `python -m pocket.build`, or one `--stage` of it.
 
 Each stage makes what it needs of the earlier ones and continues where it was stopped, from the work directory. Nothing
 in `pocket/` changes before `export` and `generator`, which run only if they are asked for.
@@ -27,7 +27,7 @@ from pocket.vae import build_decoder, build_vae, reconstruction_error
 
 
 HERE = Path(__file__).parent
-STEPS = {"vae": 1500, "decoder": 3000, "reference": 12000, "pocket": 1200, "pocket_heldout": 1200}
+STEPS = {"vae": 4500, "decoder": 3000, "reference": 7000, "pocket": 1200, "pocket_heldout": 1200}
 BEST_GUIDANCE = 2.0  # of `GUIDANCE`, by the table that `measure` writes
 GENERATOR_COMMAND = (
     "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "

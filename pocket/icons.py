@@ -1,6 +1,7 @@
 """Icons from npm packages to pictures: SVG recoloured exactly, rendered, and written for `pocket.world` to load.
 
-Four sets of icons, as packaged by iconify (see `SETS`), read at build time only; nothing of them is committed.
+Two sets of icons, as packaged by iconify (see `SETS`), read at build time only; nothing of them is committed. Both are
+flat: shading and outlines would cost a small autoencoder the detail that tells shapes apart.
 """
 
 import colorsys
@@ -23,9 +24,7 @@ from pocket.world import BACKGROUNDS, HUES, MARGIN, NOUNS, RESOLUTION
 
 SETS = {  # npm package: version, licence
     "fluent-emoji-flat": ("1.2.6", "MIT"),
-    "noto": ("1.2.9", "Apache-2.0"),
     "twemoji": ("1.2.5", "CC BY 4.0"),
-    "emojione": ("1.2.3", "CC BY 4.0"),
 }
 
 

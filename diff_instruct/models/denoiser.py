@@ -4,6 +4,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from diff_instruct.models.lora import acting, lora_layers
 from diff_instruct.objectives import denoising_loss, guide
@@ -15,6 +16,12 @@ class Guided(NamedTuple):
     cond: torch.Tensor
     uncond: torch.Tensor
     guided: torch.Tensor
+
+
+def stacked(c, null):
+    """The conditioning of twice as many rows: those of c, then those of ∅; fewer tokens are filled up with zeros."""
+    return {k: pad_sequence([*v, *null[k]], batch_first=True) if v.dim() > 1 else torch.cat([v, null[k]])
+            for k, v in c.items()}  # fmt: skip
 
 
 class Denoiser:
@@ -55,9 +62,11 @@ class Denoiser:
         return self.schedule.x0(self(x_t, t, c), x_t, t)
 
     def guided(self, x_t, t, c, null, cfg_scale):
-        """The estimates for c and ∅, and the guided one; ∅ is not asked for at α_cfg = 1."""
-        cond = self.x0(x_t, t, c)
-        uncond = cond if cfg_scale == 1 else self.x0(x_t, t, null)
+        """The estimates for c and ∅, in one call, and the guided one; ∅ is not asked for at α_cfg = 1."""
+        if cfg_scale == 1:
+            cond = self.x0(x_t, t, c)
+            return Guided(cond, cond, cond)
+        cond, uncond = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(c, null)).chunk(2)
         return Guided(cond, uncond, guide(cond, uncond, cfg_scale))
 
     def loss(self, x_t, eps, t, c):

@@ -23,7 +23,7 @@ def split(c):
     mask, rows = c.get("encoder_attention_mask"), []
     masked = mask is not None and not mask.is_floating_point()
     for i in range(len(next(iter(c.values())))):
-        length = max(1, int(mask[i].nonzero().max()) + 1 if mask[i].any() else 0) if masked else None
+        length = int(mask[i].nonzero().max()) + 1 if masked and mask[i].any() else None  # all masked: all are seen
         rows.append({k: (v[i, :length] if masked and k in CUT else v[i]).clone() for k, v in c.items()})
     return rows
 
