@@ -27,7 +27,7 @@ from pocket.vae import build_decoder, build_vae, reconstruction_error
 
 
 HERE = Path(__file__).parent
-STEPS = {"vae": 4500, "decoder": 3000, "reference": 7000, "pocket": 1200, "pocket_heldout": 1200}
+STEPS = {"vae": 3200, "decoder": 3000, "reference": 7000, "pocket": 1200, "pocket_heldout": 1200}
 BEST_GUIDANCE = 2.0  # of `GUIDANCE`, by the table that `measure` writes
 GENERATOR_COMMAND = (
     "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "

@@ -22,6 +22,14 @@ class Actors(NamedTuple):
     ref: Denoiser
 
 
+def compile_blocks(network):
+    """torch.compile for each of the blocks that a network repeats: less to compile than the whole, and shared by all."""
+    names = network._repeated_blocks or network._no_split_modules
+    for module in network.modules():
+        if type(module).__name__ in names:
+            module.compile()
+
+
 def load_actors(models, device, dtype, autocast, args):
     """Load them, frozen parts in `dtype`, on `device`.
 
@@ -42,6 +50,8 @@ def load_actors(models, device, dtype, autocast, args):
             network.enable_gradient_checkpointing(checkpoint_block)
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
+        if args.compile:
+            compile_blocks(network)
         network.to(device)
     if args.gradient_checkpointing and stock.vae._supports_gradient_checkpointing:  # Sana's and Qwen's do not
         stock.vae.enable_gradient_checkpointing()

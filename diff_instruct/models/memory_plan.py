@@ -25,7 +25,8 @@ def plan(args, models, mixed_precision):
         models ([`Models`]): what is known of them.
         mixed_precision (`str`): "no" or "bf16", which what is frozen is kept in.
 
-    Text encoders count unless they are on the CPU (`--offload_text_encoder`, `--prompt_cache`).
+    Text encoders and the average count unless they are on the CPU (`--offload_text_encoder`, `--prompt_cache`;
+    `--offload_ema`).
 
     Returns:
         `dict`: actor to its bytes: `weights`, `gradients`, `optimizer` and `ema`.
@@ -47,7 +48,9 @@ def plan(args, models, mixed_precision):
 
     return {
         # LoRA is on the reference's own weights, unless the generator starts from others
-        "generator": trained(args.lora_rank, frozen * n if models.generator else 0, args.use_ema),
+        "generator": trained(
+            args.lora_rank, frozen * n if models.generator else 0, args.use_ema and not args.offload_ema
+        ),
         "teaching assistant": trained(args.ta_lora_rank, 0, False),
         "reference": held(n),
         **{
@@ -82,6 +85,7 @@ LEVERS = (
     ("reward_batch_size", 1),
     ("reward_dtype", "bf16"),
     ("offload_text_encoder", True),
+    ("offload_ema", True),
     ("use_8bit_adam", True),
     ("ta_lora_rank", 64),
     ("lora_rank", 64),

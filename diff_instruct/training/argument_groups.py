@@ -260,6 +260,7 @@ def add_optimization_arguments(parser):
     g.add_argument(
         "--ema_rampup_ratio", type=positive, default=0.05, help="the half-life is at most this part of the images seen"
     )
+    g.add_argument("--offload_ema", action="store_true", help="keep the average on the CPU between steps")
     g.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory, more time; also in the VAE's decoder"
     )
@@ -268,6 +269,10 @@ def add_optimization_arguments(parser):
     g.add_argument(
         "--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (UNets)"
     )
+    g.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile for the blocks of generator, TA and reference: slow first steps, faster ones after",
+    )  # fmt: skip
     g.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and newer")
 
 

@@ -1,6 +1,7 @@
 """What a process computes with: threads, and options that need a package or a GPU."""
 
 import os
+import shutil
 
 import torch
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
@@ -31,6 +32,8 @@ def check_accelerations(args, models, accelerator):
     device = accelerator.device
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise Mistake("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise Mistake("--compile needs a C++ compiler on a CPU, and there is no g++: install it, or set CXX")
     if args.enable_xformers_memory_efficient_attention:
         if models.denoiser != "unet":
             name = models.family.stock.__name__

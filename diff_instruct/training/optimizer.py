@@ -64,6 +64,9 @@ class Trained:
         schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
         self.ema = EMAModel(self.parameters.values()) if average else None
+        self.offload_ema = args.offload_ema
+        if average and args.offload_ema:
+            self.ema.to("cpu")
         self.norm, self.skipped, self.in_a_row = 0.0, 0, 0
 
     @property
@@ -115,17 +118,25 @@ class Trained:
 
     def update_average(self, decay):
         """Move the average, if there is one, towards the parameters: decay in [0, 1), the part that stays."""
-        if self.ema is not None:
-            self.ema.decay = self.ema.min_decay = decay
-            self.ema.step(self.parameters.values())
+        if self.ema is None:
+            return
+        self.ema.decay = self.ema.min_decay = decay
+        if self.offload_ema:  # there is room now: no activations, no gradients
+            self.ema.to(self.accelerator.device)
+        self.ema.step(self.parameters.values())
+        if self.offload_ema:
+            self.ema.to("cpu")
 
     @contextmanager
     def averaged(self):
-        """Within: the parameters are their averages, if there is one. They change places, nothing is copied."""
+        """Within: the parameters are their averages, if there is one. They change places, one tensor at a time."""
 
+        @torch.no_grad()
         def swap():
             for p, average in zip(self.parameters.values(), self.ema.shadow_params):
-                p.data, average.data = average.data, p.data
+                value = p.clone()
+                p.copy_(average)
+                average.copy_(value)
 
         if self.ema is None:
             yield
