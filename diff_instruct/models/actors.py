@@ -23,7 +23,7 @@ class Actors(NamedTuple):
 
 
 def compile_blocks(network):
-    """torch.compile for each of the blocks that a network repeats: less to compile than the whole, and shared by all."""
+    """torch.compile for each of the blocks that a network repeats: compiled once, shared by all of them."""
     names = network._repeated_blocks or network._no_split_modules
     for module in network.modules():
         if type(module).__name__ in names:

@@ -44,8 +44,8 @@ class PromptStream:
 
     def __init__(self, dataset, seed, buffer_size, process_index=0, num_processes=1):
         self.skipped, self.counted, self.warned = Skipped(), False, False
-        # one file after the other, in an order of its own each epoch: `datasets` reads several at a time in threads, and
-        # could wait for ever when one of its iterators was left before its end
+        # one file after the other, in an order of its own each epoch: `datasets` reads several at a time in threads,
+        # and could wait for ever when one of its iterators was left before its end
         self.dataset = dataset.filter(self.is_usable).shuffle(
             seed=seed, buffer_size=buffer_size, max_buffer_input_shards=1
         )
