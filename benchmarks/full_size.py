@@ -5,7 +5,7 @@
 Builds the pipeline of one of `benchmarks/architectures` in a folder, runs iterations of the training script on it in
 bfloat16, evaluation before and after and export included, and prints the highest resident memory (on a GPU: PyTorch's
 allocations) of each phase above that of an idle process, and seconds. The reward is ImageReward at its published size
-in bfloat16. T5 is built with one of its 24 layers: the prompts are nothing but random embeddings here. All other
+in bfloat16. T5 is built with one of its 24 layers. All other
 arguments are those of the training script.
 """
 
@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "sd15": "stable-diffusion-v1-5",
     "sdxl": "stable-diffusion-xl-base-1.0",
 }
+SHORTER = {"pixart": {"text_encoder": {"num_layers": 1}}}  # T5: the prompts are nothing but random embeddings
 
 
 def tokenizer(class_name):
@@ -55,10 +56,10 @@ def tokenizer(class_name):
     return transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
 
 
-def build(source, folder, device):
-    """Write the pipeline of an architecture, with random weights in bfloat16, to a folder."""
-    index, dtype = json.loads((source / "model_index.json").read_text()), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+def build(source, folder, device, changes, dtype=torch.bfloat16):
+    """Write the pipeline of an architecture, with random weights, to a folder; `changes`: part to {key: value}."""
+    index, usual = json.loads((source / "model_index.json").read_text()), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     for name, part in index.items():
         if not isinstance(part, list) or part[0] is None:
             continue
@@ -69,14 +70,12 @@ def build(source, folder, device):
         cls = getattr(diffusers if library == "diffusers" else transformers, class_name)
         with torch.device(device):
             if library == "diffusers":
-                model = cls.from_config(cls.load_config(source, subfolder=name))
+                model = cls.from_config({**cls.load_config(source, subfolder=name), **changes.get(name, {})})
             else:
-                config = cls.config_class.from_pretrained(source, subfolder=name)
-                config.num_layers = 1 if class_name == "T5EncoderModel" else config.num_hidden_layers
-                model = cls(config)
+                model = cls(cls.config_class.from_pretrained(source, subfolder=name, **changes.get(name, {})))
         model.save_pretrained(folder / name)
         del model
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(usual)
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -157,7 +156,7 @@ def main():
         with tempfile.TemporaryDirectory(dir=ours.folder) as temporary:
             folder = Path(ours.folder or temporary) / ours.architecture
             if not (folder / "model_index.json").is_file():
-                build(source, folder, device)
+                build(source, folder, device, SHORTER.get(ours.architecture, {}))
             command = [sys.executable, __file__, ours.architecture, "--steps", str(ours.steps), "--folder"]
             command += [str(folder), "--measure", *rest, "--output_dir", temporary]
             large = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once

@@ -1,5 +1,8 @@
 """What people look at: the history of a run, its curves, its pictures and its progress bar."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -9,25 +12,83 @@ from diff_instruct.evaluation.noise import further_noise
 REFERENCE_STEPS = 25
 
 
-def image_grid(columns, titles, prompts):
-    """One picture: a row for each prompt, a column for each (title, images (B, 3, H, W) in [0, 1])."""
-    size = max(150, columns[0].shape[-1])  # wide enough for the titles
-    label, head = 230, 26
-    sheet = Image.new("RGB", (label + (size + 4) * len(columns), head + (size + 4) * len(prompts)), "white")
+def image_grid(columns, titles, prompts, marks=None):
+    """One picture: a row for each prompt, a column for each (title, B images).
+
+    Args:
+        columns: tensors (B, 3, H, W), or lists of tensors (3, H, W) or None where there is no picture; in [0, 1].
+        marks (*optional*): for each column {what was measured: (B,) 1, 0, or NaN where it does not apply}, drawn as
+            ticks and crosses; see [`measured`].
+    """
+    shown = next(image for column in columns for image in column if image is not None)
+    size = max(165 if marks else 150, shown.shape[-1])  # wide enough for what is written
+    label, head, foot = 230, 26, 18 if marks else 0
+    width, height = size + 4, size + foot + 4
+    sheet = Image.new("RGB", (label + width * len(columns), head + height * len(prompts)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for k, (images, title) in enumerate(zip(columns, titles)):
-        draw.text((label + (size + 4) * k + 2, 6), title, fill="black", font=font)
-        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for row, array in enumerate(pixels):
-            sheet.paste(Image.fromarray(array).resize((size, size)), (label + (size + 4) * k, head + (size + 4) * row))
+        draw.text((label + width * k + 2, 6), title, fill="black", font=font)
+        for row, image in enumerate(images):
+            if image is not None:
+                place = label + width * k, head + height * row
+                sheet.paste(picture(image).resize((size, size)), place)
+                if marks:
+                    draw_marks(draw, place[0], place[1] + size, {what: m[row] for what, m in marks[k].items()})
     for row, prompt in enumerate(prompts):
         words, lines = prompt.split(), [""]
         for word in words:
             if draw.textlength(f"{lines[-1]} {word}", font=font) > label - 12:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
-        draw.text((6, head + (size + 4) * row + 8), "\n".join(lines[:6]), fill="black", font=font)
+        draw.text((6, head + height * row + 8), "\n".join(lines[:6]), fill="black", font=font)
     return sheet
+
+
+def picture(pixels):
+    """A PIL image of pixels (3, H, W) in [0, 1]."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def from_picture(image):
+    """Pixels (3, H, W) in [0, 1] of a PIL image."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+
+
+def draw_marks(draw, x, y, marks):
+    """A tick or a cross before each name, from (x, y) to the right: {name: 1, 0 or NaN, which is left out}."""
+    font = ImageFont.load_default(10)
+    for name, right in marks.items():
+        if right == 1:
+            draw.line([(x + 1, y + 10), (x + 4, y + 13), (x + 9, y + 5)], fill=(20, 140, 40), width=2)
+        elif right == 0:
+            draw.line([(x + 1, y + 5), (x + 9, y + 13)], fill=(200, 30, 30), width=2)
+            draw.line([(x + 1, y + 13), (x + 9, y + 5)], fill=(200, 30, 30), width=2)
+        if right == right:
+            draw.text((x + 12, y + 3), name, fill="black", font=font)
+            x += 16 + round(draw.textlength(name, font=font))
+
+
+def real_pictures(folder, prompts):
+    """For each prompt its picture (3, H, W) in [0, 1], `<prompt>.png` of the folder, or None if it has none."""
+    files = [Path(folder) / f"{prompt}.png" for prompt in prompts]
+    return [from_picture(Image.open(file)) if file.is_file() else None for file in files]
+
+
+def measured(scorers, columns, prompts):
+    """What the first of the scorers that measures (`pocket_truth`) says of each column of `image_grid`; None if none
+    does."""
+    scorer = next((s for s in scorers.values() if hasattr(s, "measure")), None)
+    if scorer is None:
+        return None
+    marks = []
+    for column in columns:
+        rows = [i for i, image in enumerate(column) if image is not None]
+        seen = scorer.measure(torch.stack([column[i] for i in rows]), [prompts[i] for i in rows])
+        found = {what: torch.full((len(prompts),), torch.nan) for what in seen}
+        for what, right in seen.items():
+            found[what][rows] = right.cpu()
+        marks.append(found)
+    return marks
 
 
 @torch.no_grad()

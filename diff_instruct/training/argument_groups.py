@@ -107,6 +107,10 @@ def add_prompt_arguments(parser):
         "--validation_prompts", type=text, nargs="+", help="prompts to draw; default: the first few eval prompts"
     )
     g.add_argument(
+        "--validation_images", type=text,
+        help="folder with real pictures, <prompt>.png, that samples.png shows beside the drawn ones",
+    )  # fmt: skip
+    g.add_argument(
         "--num_validation_prompts",
         type=positive_int,
         default=8,

@@ -104,7 +104,7 @@ def check_args(args):
     _, heldout = read_rewards(args)
     if args.heldout_patience and not (heldout and args.validation_steps):
         raise Mistake("--heldout_patience needs a --heldout_reward, and --validation_steps to judge it at")
-    for name in ("train_prompts", "eval_prompts"):
+    for name in ("train_prompts", "eval_prompts", "validation_images"):
         path = getattr(args, name)
         if path is not None and not Path(path).exists():
             raise Mistake(f"--{name}: no such file or folder: {path}")
