@@ -22,7 +22,7 @@ from diff_instruct.evaluation.judge import WHILE_TRAINING, Judge, diversity_feat
 from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
-from diff_instruct.export.export import create_repository, export, upload
+from diff_instruct.export.export import create_repository, export, save_generator, upload
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.sources import models_of
@@ -311,11 +311,11 @@ def main(args):
         "reward_scale": dial.reward_scale,
         **record_of(args, accelerator),
     }
+    size = [n * models.grid.factor for n in latent_shape[1:]]
+    with ref.act(), encode.encoding():  # on all processes: a sharded network is whole on none
+        drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
     if is_main:
         before = load_file(before_file)
-        size = [n * models.grid.factor for n in latent_shape[1:]]
-        with ref.act(), encode.encoding():
-            drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
         titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
         sheet = image_grid([drawn, before.pop("pictures"), pictures], titles, validation_prompts)
         summary = {**compare(before, scores), **summary}
@@ -324,6 +324,9 @@ def main(args):
             history.plot(Path(args.output_dir) / "curves.png")
             export(args, models, pipe, summary, validation_prompts, pictures, license)
         report(args, summary)
+    else:
+        with theta.averaged():
+            save_generator(args, models, pipe)  # gives its share of a sharded one
     accelerator.wait_for_everyone()  # no process leaves while another still writes
     accelerator.free_memory()
     gc.collect()

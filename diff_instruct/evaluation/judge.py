@@ -64,6 +64,8 @@ def judge_images(pixels, prompts, reward, heldout, batch_size=16):
 def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, reward, heldout, batch_size):
     """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
 
+    All draw for equally many, the last one again where there is none left: a sharded generator takes all processes.
+
     Args:
         generator ([`Denoiser`]): with the weights that are to be judged.
         encode: prompts to conditioning.
@@ -77,13 +79,14 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, re
         the mean of 1 − cosine between image features (see `diversity_features`).
     """
     rows = []
-    for i in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+    for first in range(0, len(prompts), accelerator.num_processes):
+        i = min(first + accelerator.process_index, len(prompts) - 1)
         z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
         x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
         pixels = torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
         row = judge_images(pixels, c, reward, heldout, batch_size)
         rows.append((i, {key: value.tolist() for key, value in row.items()}))
-    rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
+    rows = [row for _, row in sorted(dict(gather_object(rows)).items())]
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 

@@ -15,7 +15,8 @@ from peft import get_peft_model_state_dict
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
 from diff_instruct.export.tensors import save_network
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.lora import lora_layers, merged
+from diff_instruct.models.lora import merged
+from diff_instruct.models.sharding import whole
 from diff_instruct.training.record import portable
 
 
@@ -23,8 +24,14 @@ WAITS = (2, 10, 60)  # seconds between attempts to upload
 
 
 def save_lora(folder, family, network):
-    """`pytorch_lora_weights.safetensors`, as the stock pipeline's `load_lora_weights` takes it."""
+    """`pytorch_lora_weights.safetensors`, as the stock pipeline's `load_lora_weights` takes it.
+
+    Without a folder, on the processes that only give their shares of it, nothing is written.
+    """
     layers = get_peft_model_state_dict(network, adapter_name="generator")
+    layers = {name: whole(tensor) for name, tensor in layers.items()}
+    if folder is None:
+        return
     if family.denoiser == "unet":  # transformers' are loaded under peft's names
         layers = convert_state_dict_to_diffusers(layers)
     metadata = network.peft_config["generator"].to_dict()
@@ -32,16 +39,22 @@ def save_lora(folder, family, network):
     family.stock.save_lora_weights(folder, **dict(zip(names, (layers, metadata))))
 
 
-def save_part(models, pipe, name, folder):
-    """Write a component of the pipeline, as its `save_pretrained` would, once and without a copy of the generator.
+def save_generator(args, models, pipe, folder=None):
+    """Write the generator in its part of the folder, LoRA merged into its base; and its LoRA by itself.
 
-    LoRA is merged into its base. VAE and text encoders are written as they were published, where the run holds them
-    rounded to another dtype.
+    All processes call it, without a folder those that write nothing: a sharded generator is gathered from all of them,
+    tensor by tensor, as the file is written.
     """
+    if args.lora_rank > 0 and models.family.has_lora_files and models.lora is None:
+        save_lora(folder, models.family, pipe.denoiser)  # with one to start from, the base is in no stock pipeline
+    save_network(pipe.denoiser, folder and folder / models.denoiser, merged(pipe.denoiser, "generator"))
+
+
+def save_part(models, pipe, name, folder):
+    """Write another component of the pipeline, as its `save_pretrained` would: VAE and text encoders as they were
+    published, where the run holds them rounded to another dtype."""
     part = getattr(pipe, name)
-    if name == models.denoiser and lora_layers(part):
-        save_network(part, folder, merged(part, "generator"))
-    elif name in models.networks and name != models.denoiser and part.dtype != torch.float32:
+    if name in models.networks and part.dtype != torch.float32:
         own_vae = name == "vae" and models.vae is not None
         source, where = (models.vae, {}) if own_vae else (models.reference, {"subfolder": name})
         type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder)
@@ -52,7 +65,8 @@ def save_part(models, pipe, name, folder):
 def export(args, models, pipe, summary, prompts, pictures, license=None):
     """Save the pipeline, as `pipe.save_pretrained` lays it out, card and `training_summary.json` in `--output_dir`.
 
-    With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is.
+    With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is. The main process calls
+    it, while the others call `save_generator`.
 
     Args:
         prompts, pictures (`torch.Tensor`, (B, 3, H, W) in [0, 1]): what the generator drew, for the card.
@@ -62,10 +76,9 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
         The card.
     """
     folder = Path(args.output_dir)
-    if args.lora_rank > 0 and models.family.has_lora_files and models.lora is None:
-        save_lora(folder, models.family, pipe.denoiser)  # with one to start from, the base is in no stock pipeline
+    save_generator(args, models, pipe, folder)
     for name, part in pipe.components.items():
-        if part is not None:
+        if part is not None and name != models.denoiser:
             save_part(models, pipe, name, folder / name)
     pipe.save_config(folder)
     forget_folders([folder / "model_index.json", *folder.glob("*/config.json")])

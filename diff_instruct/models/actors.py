@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.sharding import place
 from pipeline_one_step import OneStepPipeline
 
 
@@ -52,7 +53,7 @@ def load_actors(models, device, dtype, autocast, args):
             network.enable_xformers_memory_efficient_attention()
         if args.compile:
             compile_blocks(network)
-        network.to(device)
+        place(network, device, dtype)
     if args.gradient_checkpointing and stock.vae._supports_gradient_checkpointing:  # Sana's and Qwen's do not
         stock.vae.enable_gradient_checkpointing()
     waiting = args.prompt_cache or args.offload_text_encoder  # until there are prompts to encode

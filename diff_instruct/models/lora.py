@@ -8,6 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 
+from diff_instruct.models.sharding import whole
+
 
 def add_lora(network, name, rank, alpha, targets):
     """Freeze a network and put float32 adapters, which start as zero, into its layers; returns it.
@@ -45,28 +47,23 @@ def acting(layers, name):
 
     Which parameters require a gradient does not change.
     """
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     before = [None if layer.disable_adapters else layer.active_adapters for layer in layers]
 
     def switch(layer, to):
+        flags = [(p, p.requires_grad) for p in layer.parameters()]  # which peft's switches set, too
         layer.enable_adapters(to is not None)
         if to is not None:
             layer.set_adapter(to)
-
-    def restore_flags():  # peft's switches also set requires_grad
         for p, flag in flags:
             p.requires_grad_(flag)
 
     for layer in layers:
         switch(layer, name)
-    restore_flags()
     try:
         yield
     finally:
-        flags = [(p, p.requires_grad) for p, _ in flags]
         for layer, to in zip(layers, before):
             switch(layer, to)
-        restore_flags()
 
 
 def checkpoint_block(block, *args):
@@ -83,19 +80,22 @@ def checkpoint_block(block, *args):
 
 
 class Merged:
-    """A float32 weight of a network with adapters merged into it; calling it makes the tensor."""
+    """A float32 weight of a network with adapters merged into it; calling it makes the tensor.
+
+    Of a sharded network all processes call it, and each gets the whole tensor.
+    """
 
     def __init__(self, weight, layer=None, adapter=None):
         self.weight, self.layer, self.adapter, self.shape = weight, layer, adapter, weight.shape
 
     @torch.no_grad()
     def __call__(self):
-        weight = self.weight.detach().float()
-        return weight if self.layer is None else weight + self.layer.get_delta_weight(self.adapter)
+        weight = whole(self.weight.detach()).float()
+        return weight if self.layer is None else weight + whole(self.layer.get_delta_weight(self.adapter))
 
 
 def merged(network, adapter):
-    """The state of a plain network of the same class, the adapters added to its weights: name to [`Merged`].
+    """The state of a plain network of the same class, the adapters, if any, added to its weights: name to [`Merged`].
 
     Nothing is computed before a tensor is asked for, so a network larger than what is free can be written to a file.
     """

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and the state of the loop that goes into them."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -10,14 +11,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import load
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from diff_instruct.export.tensors import write_state
 from diff_instruct.mistake import Mistake
 from diff_instruct.training.endings import NotWritten, writing
 from diff_instruct.training.record import arguments_of, prompts_of
 
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 FREE = set(  # arguments that a resumed run may have others of: they do not change what is trained
     "preset output_dir overwrite_output_dir max_train_steps max_nonfinite_steps cache_dir prompt_cache dry_run "
@@ -25,6 +27,7 @@ FREE = set(  # arguments that a resumed run may have others of: they do not chan
     "tracker_group checkpointing_steps checkpoints_total_limit resume_from_checkpoint "
     "push_to_hub hub_private_repo hub_model_id".split()
 )
+SHARED = "train_batch_size", "gradient_accumulation_steps"  # times the number of processes: a step's images
 
 
 def number_of(checkpoint):
@@ -91,12 +94,18 @@ def check_checkpoint(path, args, num_processes):
     if why is not None:
         raise Mistake(f"--resume_from_checkpoint: {path} cannot be used: {why}; name an earlier one, or remove it")
     manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["processes"] != num_processes:
-        raise Mistake(
-            f"--resume_from_checkpoint: {path} was written by {manifest['processes']} process(es), but this run has "
-            f"{num_processes}: start as many"
-        )
     then, now = manifest["arguments"], arguments_of(args)
+    if manifest["processes"] != num_processes:
+        images = [
+            math.prod(a[k] for k in SHARED) * n for a, n in ((then, manifest["processes"]), (now, num_processes))
+        ]
+        if images[0] != images[1]:
+            raise Mistake(
+                f"--resume_from_checkpoint: {path} was written by {manifest['processes']} process(es), but this run has "
+                f"{num_processes}: start as many, or let --{' times --'.join(SHARED)} make {images[0]} images per step "
+                f"of all processes, which now are {images[1]}"
+            )
+        then = {k: v for k, v in then.items() if k not in SHARED}
     data_then, data_now = manifest["prompts"], prompts_of(args)
     differ = [f"--{k} (then {v}, now {now[k]})" for k, v in then.items() if k in now and differs(k, v, now[k])]
     for name in sorted(data_then.keys() | data_now.keys()):
@@ -115,9 +124,9 @@ def differs(name, then, now):
     return name not in FREE and name not in ("train_prompts", "eval_prompts") and then != now
 
 
-def file_of(folder, trained):
-    """Where a checkpoint keeps what is trained of a network."""
-    return Path(folder) / f"{trained.name.replace(' ', '_')}.safetensors"
+def file_of(folder, trained, what=""):
+    """Where a checkpoint keeps what is trained of a network; and, with "_optimizer", its optimizer's tensors."""
+    return Path(folder) / f"{trained.name.replace(' ', '_')}{what}.safetensors"
 
 
 def save_checkpoint(accelerator, args, step, loop_state, networks):
@@ -127,7 +136,8 @@ def save_checkpoint(accelerator, args, step, loop_state, networks):
 
     Args:
         loop_state (`dict`): this process's plain numbers, saved as JSON.
-        networks: the [`Trained`] ones; only what is trained is kept (LoRA: not the base), as safetensors.
+        networks: the [`Trained`] ones; only what is trained is kept (LoRA: not the base), as safetensors. These files
+            are those of one process, however many write them, and whether they hold all of a tensor or shares of it.
 
     Returns:
         Its path, or None.
@@ -141,12 +151,12 @@ def save_checkpoint(accelerator, args, step, loop_state, networks):
         partial.mkdir(parents=True)
 
     def write():
-        accelerator.save_state(str(partial), safe_serialization=True)  # optimizers, learning rates, random numbers
+        accelerator.save_state(str(partial))  # random numbers
         state = {**loop_state, "networks": [trained.counters() for trained in networks]}
         (partial / f"loop-{accelerator.process_index}.json").write_text(json.dumps(state))
-        if accelerator.is_main_process:
-            for trained in networks:
-                save_file({k: v.contiguous() for k, v in trained.state_dict().items()}, file_of(partial, trained))
+        for trained in networks:
+            for what, state in (("", trained.state_dict()), ("_optimizer", trained.optimizer_state())):
+                write_state(file_of(partial, trained, what) if accelerator.is_main_process else None, state)
 
     def finish():
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
@@ -225,16 +235,22 @@ def thin_out(newest, limit):
 def load_checkpoint(accelerator, path, networks):
     """Restore networks, optimizers and learning-rate schedules; returns this process's `loop_state`.
 
+    Where there are more processes than wrote it, a further one goes on with the loop of an earlier one, and with random
+    numbers of its own: Algorithm 1 draws from neither.
+
     Raises:
         Mistake: if a file is damaged, or it was written with other networks.
     """
     try:
         for trained in networks:
             trained.load_state_dict(load_file(file_of(path, trained)))
+            trained.load_optimizer_state(load_file(file_of(path, trained, "_optimizer")))
+        before = json.loads((path / MANIFEST).read_text())["processes"]
         # accelerate reads with weights_only=True; what it does not say is that random numbers could not be read
-        load(path / f"random_states_{accelerator.process_index}.pkl")
+        if accelerator.process_index < before:
+            load(path / f"random_states_{accelerator.process_index}.pkl")
         accelerator.load_state(str(path))
-        state = json.loads((path / f"loop-{accelerator.process_index}.json").read_text())
+        state = json.loads((path / f"loop-{accelerator.process_index % before}.json").read_text())
     except (
         OSError,
         ValueError,

@@ -13,14 +13,34 @@ def check_engine(args):
     """Refuses what accelerate may be configured for and the script does not do.
 
     Raises:
-        Mistake: for float16, DeepSpeed or FSDP.
+        Mistake: for float16, DeepSpeed, FSDP of version 1 and options of FSDP.
     """
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise Mistake(f"mixed precision {precision} is not supported: gradients at x0 overflow; take bf16")
-    for variable, engine in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise Mistake(f"{engine} is not supported: run `accelerate config` again for several GPUs without it")
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise Mistake("DeepSpeed is not supported: take FSDP2, as recipes/4gpu_fsdp2.yaml does")
+    if not is_set("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise Mistake(
+            "FSDP is supported in its second version: set `fsdp_version: 2`, as recipes/4gpu_fsdp2.yaml does"
+        )
+    if is_set("FSDP_OFFLOAD_PARAMS"):
+        raise Mistake("`fsdp_offload_params: true` is not supported: take more processes, or LoRA")
+    if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise Mistake("`fsdp_activation_checkpointing: true` is not supported: it is --gradient_checkpointing here")
+    if args.use_8bit_adam:
+        raise Mistake(
+            "--use_8bit_adam does not work with FSDP, whose optimizers are shared out as they are: leave it out"
+        )
+    # It is on by default, and transformers then leaves text encoders and rewards empty on all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def is_set(variable):
+    """Whether `accelerate launch` has set it to true."""
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def check_accelerations(args, models, accelerator):

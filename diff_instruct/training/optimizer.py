@@ -7,6 +7,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diff_instruct.models.lora import trained_parameters
+from diff_instruct.models.sharding import is_share, share_as, whole
 
 
 BUCKET = 2**26  # elements that processes exchange at a time
@@ -39,8 +40,9 @@ class Trained:
     """The trained parameters of a network in a role, their optimizer, learning rate and, if kept, average.
 
     Processes average their gradients here, at the end of a phase of Algorithm 1, instead of in a wrapper of the
-    network: a network may then play several roles, and the passes before the last need no special case. A gradient
-    that is not finite is counted and not applied (all processes see the same one).
+    network: a network may then play several roles, and the passes before the last need no special case. With FSDP2 each
+    backward pass has done so already, and parameters, gradients, optimizer and average are this process's shares. A
+    gradient that is not finite is counted and not applied (all processes see the same one).
 
     Args:
         name (`str`): "generator" or "teaching assistant".
@@ -60,9 +62,10 @@ class Trained:
         self.accelerator, self.name, self.max_grad_norm = accelerator, name, args.max_grad_norm
         self.parameters = trained_parameters(denoiser.network, denoiser.adapter)
         self.train(True)
-        optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
-        schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
-        self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
+        # Not prepared by accelerate, which with FSDP2 takes an optimizer only beside a model, and one of them.
+        self.optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
+        counts = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
+        self.schedule = get_scheduler(args.lr_scheduler, self.optimizer, **counts)
         self.ema = EMAModel(self.parameters.values()) if average else None
         self.offload_ema = args.offload_ema
         if average and args.offload_ema:
@@ -81,7 +84,10 @@ class Trained:
 
     @contextmanager
     def frozen(self):
-        """Within: nothing is trained; a graph through the network holds only what its input's gradient needs."""
+        """Within: nothing is trained; a graph through the network holds only what its input's gradient needs.
+
+        Gathered weights of a sharded network do not see this; their gradients are then not asked for.
+        """
         self.train(False)
         try:
             yield
@@ -90,7 +96,7 @@ class Trained:
 
     def average_gradients(self):
         """Every process gets the mean of the gradients of all."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and not is_share(p.grad)]
         for part in buckets(gradients):
             flat = torch.cat([g.flatten() for g in part])
             mean = self.accelerator.reduce(flat, "mean").split([g.numel() for g in part])
@@ -105,7 +111,7 @@ class Trained:
         """
         if self.accelerator.num_processes > 1:
             self.average_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         self.norm = norm.item()
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -132,7 +138,7 @@ class Trained:
         """Within: the parameters are their averages, if there is one. They change places, one tensor at a time."""
 
         @torch.no_grad()
-        def swap():
+        def swap():  # values, not storages: a sharded network gathers from those that it knows
             for p, average in zip(self.parameters.values(), self.ema.shadow_params):
                 value = p.clone()
                 p.copy_(average)
@@ -168,15 +174,36 @@ class Trained:
             )
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(state[key])
+                value.copy_(share_as(state[key], value))
+
+    def optimizer_state(self):
+        """Tensors by name, `<what>.<parameter>`; empty before the first step."""
+        states = {name: self.optimizer.state.get(p, {}) for name, p in self.parameters.items()}
+        return {f"{what}.{name}": torch.as_tensor(v) for name, state in states.items() for what, v in state.items()}
+
+    def load_optimizer_state(self, state):
+        """Continue with these tensors."""
+        place, found = {name: i for i, name in enumerate(self.parameters)}, {}
+        for key, value in state.items():
+            what, _, name = key.partition(".")
+            if value.dtype == torch.int64:  # bitsandbytes counts steps in numbers
+                value = value.item()
+            elif value.shape == self.parameters[name].shape:
+                value = share_as(value, self.parameters[name])
+            found.setdefault(place[name], {})[what] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": found})
 
     def counters(self):
         """Plain numbers of its state, for the checkpoint."""
         steps = self.ema.optimization_step if self.ema is not None else 0
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "average_steps": steps}
+        counters = {"skipped": self.skipped, "in_a_row": self.in_a_row, "average_steps": steps}
+        return {**counters, "schedule": self.schedule.state_dict()}
 
     def load_counters(self, state):
         """Continue with these."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         if self.ema is not None:
             self.ema.optimization_step = state["average_steps"]
+        self.schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
+            group["lr"] = rate
