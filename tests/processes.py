@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
 
 
-def work(arguments, log, environment):
+def work(arguments, log, environment, before):
     """The script, as its last lines run it."""
     os.environ.update(environment)
     with open(log, "a") as f:
@@ -26,14 +26,19 @@ def work(arguments, log, environment):
             os.dup2(f.fileno(), descriptor)
     torch.set_num_threads(1)  # and it stays so: tiny networks on busy machines wait long for a second thread
     torch.set_num_threads = lambda n: None
+    before()
     sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
 
 
 class Run:
-    """A run that was started, of one process or several (gloo); `log` collects what it prints."""
+    """A run that was started, of one process or several (gloo); `log` collects what it prints.
 
-    def __init__(self, arguments, log, processes=1):
-        arguments, environment = [str(a) for a in arguments], {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    `environment` is added to that of each process, which calls `before()` first.
+    """
+
+    def __init__(self, arguments, log, processes=1, environment=None, before=dict):
+        arguments = [str(a) for a in arguments]
+        environment = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **(environment or {})}
         if processes > 1:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
@@ -43,7 +48,7 @@ class Run:
         self.log, self.processes = Path(log), []
         for rank in range(processes):
             mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            process = CONTEXT.Process(target=work, args=(arguments, str(log), mine))
+            process = CONTEXT.Process(target=work, args=(arguments, str(log), mine, before))
             process.start()
             self.processes.append(process)
 

@@ -20,8 +20,8 @@ from tests.tiny import PROMPTS, tiny_sdxl
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
-        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported: take FSDP2"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP1 is not supported: set `fsdp_version: 2`"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed precision fp16 is not supported"),
     ],
 )

@@ -4,6 +4,7 @@ import copy
 
 from diff_instruct.models.activations import REWARDS, activations
 from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.sharding import processes
 from diff_instruct.rewards.specs import read_rewards
 
 
@@ -17,7 +18,7 @@ def count(parameters):
 
 
 def plan(args, models, mixed_precision):
-    """Bytes by actor, for one process (with DDP every process needs as much).
+    """Bytes by actor, for one process: with DDP every process needs as much, with FSDP2 this is its share.
 
     Activations, the reward and the images in flight come on top: see `peak`.
 
@@ -46,13 +47,16 @@ def plan(args, models, mixed_precision):
     def held(parameters):
         return {"weights": frozen * parameters, "gradients": 0, "optimizer": 0, "ema": 0}
 
-    return {
+    sharded = {
         # LoRA is on the reference's own weights, unless the generator starts from others
         "generator": trained(
             args.lora_rank, frozen * n if models.generator else 0, args.use_ema and not args.offload_ema
         ),
         "teaching assistant": trained(args.ta_lora_rank, 0, False),
         "reference": held(n),
+    }
+    return {
+        **{actor: {k: v // processes() for k, v in row.items()} for actor, row in sharded.items()},
         **{
             k: held(count(v.parameters()))
             for k, v in models.networks.items()

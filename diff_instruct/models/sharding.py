@@ -17,6 +17,11 @@ def is_chosen():
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and torch.distributed.is_initialized()
 
 
+def processes():
+    """How many share a network."""
+    return torch.distributed.get_world_size() if is_chosen() else 1
+
+
 def place(network, device, dtype):
     """Put a network on the device: whole, or with FSDP2 this process's share of it, block by block.
 
@@ -29,7 +34,7 @@ def place(network, device, dtype):
     if not is_chosen():
         return network.to(device)
     options = {
-        "mesh": init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),)),
+        "mesh": init_device_mesh(torch.device(device).type, (processes(),)),
         # inputs stay as they are, timesteps above all; autocast casts them where a layer wants it
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "reshard_after_forward": True,  # of the rest, too: what is kept would not see a step that is taken meanwhile

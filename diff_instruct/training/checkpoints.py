@@ -96,14 +96,13 @@ def check_checkpoint(path, args, num_processes):
     manifest = json.loads((path / MANIFEST).read_text())
     then, now = manifest["arguments"], arguments_of(args)
     if manifest["processes"] != num_processes:
-        images = [
-            math.prod(a[k] for k in SHARED) * n for a, n in ((then, manifest["processes"]), (now, num_processes))
-        ]
-        if images[0] != images[1]:
+        before = manifest["processes"] * math.prod(then[k] for k in SHARED)
+        here = num_processes * math.prod(now[k] for k in SHARED)
+        if before != here:
             raise Mistake(
-                f"--resume_from_checkpoint: {path} was written by {manifest['processes']} process(es), but this run has "
-                f"{num_processes}: start as many, or let --{' times --'.join(SHARED)} make {images[0]} images per step "
-                f"of all processes, which now are {images[1]}"
+                f"--resume_from_checkpoint: {path} was written by {manifest['processes']} process(es), but this run "
+                f"has {num_processes}: start as many, or choose {' and '.join(f'--{k}' for k in SHARED)} so that a "
+                f"step has {before} images, as then, not {here}"
             )
         then = {k: v for k, v in then.items() if k not in SHARED}
     data_then, data_now = manifest["prompts"], prompts_of(args)
@@ -235,8 +234,8 @@ def thin_out(newest, limit):
 def load_checkpoint(accelerator, path, networks):
     """Restore networks, optimizers and learning-rate schedules; returns this process's `loop_state`.
 
-    Where there are more processes than wrote it, a further one goes on with the loop of an earlier one, and with random
-    numbers of its own: Algorithm 1 draws from neither.
+    Where there are more processes than wrote it, a further one goes on with the loop of an earlier one, whose state is
+    the same on all, and with the random numbers of a new run, from which Algorithm 1 draws nothing.
 
     Raises:
         Mistake: if a file is damaged, or it was written with other networks.

@@ -23,17 +23,15 @@ def check_engine(args):
     if not is_set("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION") != "2":
-        raise Mistake(
-            "FSDP is supported in its second version: set `fsdp_version: 2`, as recipes/4gpu_fsdp2.yaml does"
-        )
+        raise Mistake("FSDP1 is not supported: set `fsdp_version: 2`, as recipes/4gpu_fsdp2.yaml does")
     if is_set("FSDP_OFFLOAD_PARAMS"):
         raise Mistake("`fsdp_offload_params: true` is not supported: take more processes, or LoRA")
     if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise Mistake("`fsdp_activation_checkpointing: true` is not supported: it is --gradient_checkpointing here")
     if args.use_8bit_adam:
-        raise Mistake(
-            "--use_8bit_adam does not work with FSDP, whose optimizers are shared out as they are: leave it out"
-        )
+        raise Mistake("--use_8bit_adam does not work with FSDP2, which divides the optimizer's state: leave it out")
+    if args.offload_ema:
+        raise Mistake("--offload_ema does not work with FSDP2, which divides the average: leave it out")
     # It is on by default, and transformers then leaves text encoders and rewards empty on all processes but the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 

@@ -40,9 +40,9 @@ class Trained:
     """The trained parameters of a network in a role, their optimizer, learning rate and, if kept, average.
 
     Processes average their gradients here, at the end of a phase of Algorithm 1, instead of in a wrapper of the
-    network: a network may then play several roles, and the passes before the last need no special case. With FSDP2 each
-    backward pass has done so already, and parameters, gradients, optimizer and average are this process's shares. A
-    gradient that is not finite is counted and not applied (all processes see the same one).
+    network: a network may then play several roles, and the passes before the last need no special case. With FSDP2
+    each backward pass has done so already, and parameters, gradients, optimizer and average are this process's shares.
+    A gradient that is not finite is counted and not applied (all processes see the same one).
 
     Args:
         name (`str`): "generator" or "teaching assistant".
@@ -186,7 +186,7 @@ class Trained:
         place, found = {name: i for i, name in enumerate(self.parameters)}, {}
         for key, value in state.items():
             what, _, name = key.partition(".")
-            if value.dtype == torch.int64:  # bitsandbytes counts steps in numbers
+            if value.dtype == torch.int64:  # bitsandbytes counts steps in plain numbers
                 value = value.item()
             elif value.shape == self.parameters[name].shape:
                 value = share_as(value, self.parameters[name])
