@@ -65,8 +65,8 @@ def save_part(models, pipe, name, folder):
 def export(args, models, pipe, summary, prompts, pictures, license=None):
     """Save the pipeline, as `pipe.save_pretrained` lays it out, card and `training_summary.json` in `--output_dir`.
 
-    With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is. The main process calls
-    this, the others `save_generator`.
+    With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is. While the main
+    process calls this, the others call `save_generator`.
 
     Args:
         prompts, pictures (`torch.Tensor`, (B, 3, H, W) in [0, 1]): what the generator drew, for the card.

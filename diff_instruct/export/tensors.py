@@ -35,18 +35,20 @@ def write_tensors(path, like, tensors):
             file.write(tensor.detach().to("cpu", expected.dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write_state(path, state):
-    """A file of tensors by name, each of them gathered, where it is sharded, when it is written.
+def write_files(states, writes=True):
+    """Safetensors files of tensors by name, each of them gathered, where it is sharded, when it is written.
 
     Args:
-        path: None on the processes that write nothing, but give their shares.
+        states (`dict`): path to `dict` of tensors.
+        writes (`bool`): False on the processes that only give their shares.
     """
-    tensors = (whole(tensor) for tensor in state.values())
+    gathered = {path: (whole(tensor) for tensor in state.values()) for path, state in states.items()}
     try:
-        if path is not None:
-            write_tensors(path, state, tensors)
+        for path, state in states.items() if writes else ():
+            write_tensors(path, state, gathered[path])
     finally:  # a full disk here must not leave the other processes waiting
-        deque(tensors, maxlen=0)
+        for tensors in gathered.values():
+            deque(tensors, maxlen=0)
 
 
 def save_network(network, folder, state, dtype=torch.float32, max_shard_size="10GB"):

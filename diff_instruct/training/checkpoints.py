@@ -13,7 +13,7 @@ from accelerate.utils import load
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from diff_instruct.export.tensors import write_state
+from diff_instruct.export.tensors import write_files
 from diff_instruct.mistake import Mistake
 from diff_instruct.training.endings import NotWritten, writing
 from diff_instruct.training.record import arguments_of, prompts_of
@@ -150,12 +150,14 @@ def save_checkpoint(accelerator, args, step, loop_state, networks):
         partial.mkdir(parents=True)
 
     def write():
+        states = {}
+        for trained in networks:
+            states[file_of(partial, trained)] = trained.state_dict()
+            states[file_of(partial, trained, "_optimizer")] = trained.optimizer_state()
+        write_files(states, accelerator.is_main_process)
         accelerator.save_state(str(partial))  # random numbers
         state = {**loop_state, "networks": [trained.counters() for trained in networks]}
         (partial / f"loop-{accelerator.process_index}.json").write_text(json.dumps(state))
-        for trained in networks:
-            for what, state in (("", trained.state_dict()), ("_optimizer", trained.optimizer_state())):
-                write_state(file_of(partial, trained, what) if accelerator.is_main_process else None, state)
 
     def finish():
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
