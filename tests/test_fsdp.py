@@ -13,13 +13,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export import tensors
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.memory_plan import plan
+from diff_instruct.models.sharding import place
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
 from tests.processes import Run
@@ -249,3 +250,36 @@ def test_the_plan_is_that_of_a_share(tiny_args, monkeypatch):
     for actor in ("generator", "teaching assistant", "reference"):
         assert share[actor] == {k: v // 4 for k, v in whole[actor].items()}
     assert share["vae"] == whole["vae"]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A group of one process, which is enough for weights to be gathered and freed."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def held_by_a_graph(network, dtype):
+    """Bytes that the graph of one pass keeps in tensors with the shape of one of the network's matrices."""
+    shapes = {tuple(m.shape) for p in network.parameters() if p.ndim == 2 for m in (p, p.T)}
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            sizes, c = {"resolution": None, "aspect_ratio": None}, torch.randn(1, 3, 16)
+            network(torch.randn(1, 4, 8, 8), c, torch.tensor([3]), added_cond_kwargs=sizes)
+    storages = {t.untyped_storage() for t in held if tuple(t.shape) in shapes}
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gathered_weight_outlives_its_block(alone, dtype):
+    """Under autocast a graph would keep a bfloat16 copy of each weight, if blocks were not gathered in bfloat16."""
+    network = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, caption_channels=16,
+        in_channels=4, out_channels=8, sample_size=8, patch_size=2,
+    )  # fmt: skip
+    whole = held_by_a_graph(network, dtype)
+    assert whole > 0.8 * dtype.itemsize * sum(p.numel() for p in network.parameters() if p.ndim == 2)
+    assert held_by_a_graph(place(network, "cpu", dtype), dtype) < 0.1 * whole
