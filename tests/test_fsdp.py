@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,16 @@ from safetensors.torch import load_file
 import train_diff_instruct_pp as script
 from diff_instruct.export import tensors
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.actors import load_actors
+from diff_instruct.models.lora import merged, trained_parameters
 from diff_instruct.models.memory_plan import plan
-from diff_instruct.models.sharding import place
+from diff_instruct.models.sharding import place, whole
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
 from tests.processes import Run
 from tests.runs import QUICK, checkpoints, run, same, trained, weights
-from tests.tiny import PROMPTS, tiny_sdxl
+from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sdxl
+from tests.tiny_flow import FLOW, save_tiny_flow
 
 
 ROOT = Path(script.__file__).parent
@@ -134,8 +138,8 @@ def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options)
 
     held = [line.split() for line in lines if line.startswith("held")]
     assert len(held) == 2 * 5
-    for _, name, mine, _, whole in held:
-        part = int(mine) / int(whole)
+    for _, name, mine, _, all_of_it in held:
+        part = int(mine) / int(all_of_it)
         assert part == 1 if name in ("vae", "text_encoder") else abs(part - 0.5) < 0.02, name
 
     two([*arguments, "--resume_from_checkpoint", "checkpoint-2"], tmp_path / "two")
@@ -283,3 +287,57 @@ def test_no_gathered_weight_outlives_its_block(alone, dtype):
     whole = held_by_a_graph(network, dtype)
     assert whole > 0.8 * dtype.itemsize * sum(p.numel() for p in network.parameters() if p.ndim == 2)
     assert held_by_a_graph(place(network, "cpu", dtype), dtype) < 0.1 * whole
+
+
+def passes_and_gradients(command):
+    """All networks of a run at work, as in Algorithm 1: tensors, whole, by name."""
+    args = parse_args([str(a) for a in command])
+    torch.manual_seed(0)  # adapters are drawn
+    actors = load_actors(models_of(args), "cpu", torch.float32, nullcontext, args)
+    generator, ta, ref, _ = roles = actors.generator, actors.ta, actors.ref, actors.pipe
+    parameters = [trained_parameters(role.network, role.adapter) for role in roles[:2]]
+    for p in (p for part in parameters for p in part.values()):
+        p.requires_grad_(True)
+    rng, shape = torch.Generator().manual_seed(0), actors.pipe.latent_shape(args.resolution, args.resolution)
+    z, eps = torch.randn(2, 2, *shape, generator=rng)
+    with torch.no_grad():
+        t, c = torch.tensor([300, 700]), actors.pipe.encode_prompt(["a red apple", "blue cat"])
+    ta.loss(z, eps, t, c).backward()
+    x0 = generator.generate(z, c)
+    leaf = x0.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(ta.x0(leaf, t, c).square().mean(), leaf)
+    with torch.no_grad():
+        from_ref = ref.x0(leaf, t, c)
+    x0.backward(gradient)
+    found = {"x0": x0.detach(), "gradient": gradient, "reference": from_ref}
+    for name, part in zip("gt", parameters):
+        found |= {f"{name}.{k}": whole(p.grad) for k, p in part.items() if p.grad is not None}
+        found |= {f"{name}.moved.{k}": make() for k, make in merged(generator.network, "generator").items()}
+    return found
+
+
+NAMES = [
+    name for name in FLOW if name not in ("SanaSprintPipeline", "schnell")
+]  # whose networks are Sana's and FLUX's
+OTHERS = {"PixArtAlphaPipeline": tiny_pixart, "StableDiffusionPipeline": tiny_sd}
+IN_FULL = "ZImagePipeline", "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((name, [*ONE_BASE, "--gradient_checkpointing"]) for name in [*NAMES, *OTHERS]),
+        *((name, []) for name in IN_FULL),
+    ],
+)
+def test_networks_of_all_families_are_sharded(tiny_args, tmp_path, monkeypatch, alone, name, options):
+    """Nothing in them reads a weight where its block does not compute: passes and gradients are as without."""
+    save_tiny_flow(name, tmp_path / "model") if name in FLOW else OTHERS[name](tmp_path / "model")
+    command = [*tiny_args, "--pretrained_model_name_or_path", tmp_path / "model", "--cfg_scale", 1, *options]
+    sharded = passes_and_gradients(command)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    plain = passes_and_gradients(command)
+    assert sum(k.startswith(("g.", "t.")) for k in plain) > 10
+    assert plain.keys() == sharded.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(value, sharded[key], atol=1e-6, rtol=1e-4)

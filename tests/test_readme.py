@@ -231,6 +231,9 @@ def test_named_flags_exist(page):
         "--machine_rank",
         "--main_process_ip",
         "--main_process_port",
+        "--num_processes",
+        "--use_fsdp",
+        "--fsdp_version",
     }  # accelerate's and TensorBoard's
     for folder in ("experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}

@@ -86,7 +86,8 @@ class Trained:
     def frozen(self):
         """Within: nothing is trained; a graph through the network holds only what its input's gradient needs.
 
-        Gathered weights of a sharded network do not see this; their gradients are then not asked for.
+        The gathered weights of a sharded network do not see this: the graph holds more, though whoever asks for the
+        gradient of x0 alone has none of theirs computed.
         """
         self.train(False)
         try:
@@ -188,8 +189,9 @@ class Trained:
             what, _, name = key.partition(".")
             if value.dtype == torch.int64:  # bitsandbytes counts steps in plain numbers
                 value = value.item()
-            elif value.shape == self.parameters[name].shape:
-                value = share_as(value, self.parameters[name])
+            else:
+                like = self.parameters[name]
+                value = (share_as(value, like) if value.shape == like.shape else value).clone()  # not in the file
             found.setdefault(place[name], {})[what] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": found})
 
