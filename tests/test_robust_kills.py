@@ -72,7 +72,7 @@ def kill_somewhere(run, folder, rng, inside_a_write):
     return any(folder.glob("partial-checkpoint-*"))
 
 
-def kill_and_compare(command, tmp_path, steps, kills, processes=1, seed=0):
+def kill_and_compare(command, tmp_path, steps, kills, processes=1, seed=0, environment=None):
     """A run that is killed so often ends as one that never was; returns (kills, those inside a write)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [
@@ -84,16 +84,16 @@ def kill_and_compare(command, tmp_path, steps, kills, processes=1, seed=0):
         "--resume_from_checkpoint",
         "latest",
     ]
-    assert set(Run([*command, "--output_dir", whole], tmp_path / "whole.log", processes).wait()) == {0}
+    assert set(Run([*command, "--output_dir", whole], tmp_path / "whole.log", processes, environment).wait()) == {0}
     rng, counts = random.Random(seed), []
     log = tmp_path / "killed.log"
     for i in range(kills):
-        run = Run([*command, "--output_dir", killed], log, processes)
+        run = Run([*command, "--output_dir", killed], log, processes, environment)
         half = kill_somewhere(run, killed, rng, inside_a_write=i % 2 == 1)
         if half is None:
             break
         counts.append(half)
-    codes = Run([*command, "--output_dir", killed], log, processes).wait()
+    codes = Run([*command, "--output_dir", killed], log, processes, environment).wait()
     assert set(codes) == {0}, log.read_text()[-3000:]
     assert same(weights(whole), weights(killed))
     assert history(whole) == history(killed)
@@ -129,6 +129,7 @@ MODES = {
     "two processes, one base, warm-up": (
         2, 12, ["--ta_warmup_steps", 3, "--max_train_steps", 12, "--lora_rank", 2, "--ta_lora_rank", 2]
     ),
+    "two processes, FSDP2": (2, 12, ["--pretrain_steps", 4, "--max_train_steps", 8, "--ta_lora_rank", 2]),
 }  # fmt: skip
 
 
@@ -138,6 +139,7 @@ def test_killed_at_random_moments(tiny_args, tmp_path, mode, record_property):
     """Four kills of each mode, every other one as soon as a checkpoint is being written."""
     processes, steps, options = MODES[mode]
     command = [*tiny_args, *options, "--num_eval_prompts", 2, "--validation_steps", 4]
-    kills, inside = kill_and_compare(command, tmp_path, steps, 4, processes, seed=len(mode))
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "FSDP2" in mode else None
+    kills, inside = kill_and_compare(command, tmp_path, steps, 4, processes, len(mode), environment)
     print(f"\n{mode}: {kills} kills, {inside} of them left a checkpoint half written")
     assert kills == 4
