@@ -104,9 +104,9 @@ def kill_and_compare(command, tmp_path, steps, kills, processes=1, seed=0, envir
 
 def test_killed_twice(tiny_args, tmp_path):
     """Once between two checkpoints, once in the writing of one; pretraining and alignment, one base for all roles."""
-    options = ["--pretrain_steps", 3, "--max_train_steps", 6, "--lora_rank", 2, "--ta_lora_rank", 2]
+    options = ["--pretrain_steps", 3, "--max_train_steps", 15, "--lora_rank", 2, "--ta_lora_rank", 2]
     options += ["--report_to", "none", "--num_eval_prompts", 2, "--validation_steps", 0]
-    kills, _ = kill_and_compare([*tiny_args, *options], tmp_path, 9, kills=2)
+    kills, _ = kill_and_compare([*tiny_args, *options], tmp_path, 18, kills=2)
     assert kills == 2
 
 
