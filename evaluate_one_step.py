@@ -166,7 +166,7 @@ def grid(folders, rows, prompts):
         return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 255
 
     columns = [torch.stack([thumbnail(folder / f"{i:05d}-0.png") for i in rows]) for folder in folders.values()]
-    return image_grid(columns, list(folders), [prompts.texts[i] for i in rows])
+    return image_grid(dict(zip(folders, columns)), [prompts.texts[i] for i in rows])
 
 
 def main(args):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.judge import WHILE_TRAINING, Judge, diversity_features
-from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid
+from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid, measured, real_pictures
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, save_generator, upload
@@ -316,8 +316,11 @@ def main(args):
         drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
     if is_main:
         before = load_file(before_file)
-        titles = [f"reference, {REFERENCE_STEPS} steps", "generator before", "generator after"]
-        sheet = image_grid([drawn, before.pop("pictures"), pictures], titles, validation_prompts)
+        columns = {f"reference, {REFERENCE_STEPS} steps": drawn}
+        columns |= {"generator before": before.pop("pictures"), "generator after": pictures}
+        if args.validation_images:
+            columns = {"real": real_pictures(args.validation_images, validation_prompts), **columns}
+        sheet = image_grid(columns, validation_prompts, measured(heldout, columns, validation_prompts))
         summary = {**compare(before, scores), **summary}
         with theta.averaged(), writing_export(args):
             sheet.save(Path(args.output_dir) / "samples.png")

@@ -33,7 +33,7 @@ def main():
     _, pictures, prompts = runs.tables(SETTINGS, PAIRS, LABELS, f"{out}.md", args)
     runs.curves(SETTINGS, args, LABELS, f"{out}.png")
     titles = [LABELS.get(name, name).removeprefix("reference, ") for name in pictures]
-    image_grid(list(pictures.values()), titles, prompts).save(f"{out}_grid.jpg", quality=85)
+    image_grid(dict(zip(titles, pictures.values())), prompts).save(f"{out}_grid.jpg", quality=85)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, T5Tokenizer
 
+from diff_instruct.evaluation.pictures import picture
 from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.training.checkpoints import list_checkpoints
 from pocket import icons, measure, world
@@ -101,12 +102,16 @@ def export_scorer(folder, source, pipe, prompts):
 
 
 def export_prompts(pictures, n_heldout=64):
-    """`prompts_train.txt`, all captions that were shown, and `prompts_heldout.txt`, one prompt a line."""
+    """`prompts_train.txt`, all captions that were shown; `prompts_heldout.txt`, one prompt a line, and in `real/` a
+    picture of each."""
     seen = sorted({c for c, new in zip(pictures.captions(), pictures.heldout.tolist()) if not new})
     (HERE / "prompts_train.txt").write_text("\n".join(seen) + "\n")
-    heldout = [pictures.meaning(i) for i in measure.some_pairs(pictures, True, n_heldout)]
-    lines = [world.caption(m.noun, m.colour, m.background) for m in heldout]
-    (HERE / "prompts_heldout.txt").write_text("\n".join(lines) + "\n")
+    index, captions = measure.some_pairs(pictures, True, n_heldout), pictures.captions()
+    (HERE / "prompts_heldout.txt").write_text("\n".join(captions[i] for i in index) + "\n")
+    shutil.rmtree(HERE / "real", ignore_errors=True)
+    (HERE / "real").mkdir()
+    for i, pixels in zip(index, pictures.pixels(index)):
+        picture(pixels).save(HERE / "real" / f"{captions[i]}.png")
 
 
 def export_stage(work_dir, accelerator):

@@ -36,6 +36,11 @@ ROOT = Path(script.__file__).parent
 ONE_BASE = ["--lora_rank", 2, "--ta_lora_rank", 2]
 
 
+def slow(*options):
+    """These options of a test, in the runs that take minutes."""
+    return pytest.param(list(options), marks=pytest.mark.slow)
+
+
 def launched(*options):
     """What `accelerate launch` with these options sets in the environment of its processes."""
     with pytest.MonkeyPatch.context() as m, warnings.catch_warnings():
@@ -113,8 +118,8 @@ def common(tiny_args, tmp_path):
     [
         [],
         [*ONE_BASE, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"],
-        [*ONE_BASE, "--divergence", "score", "--huber_c", 0.1, "--gradient_checkpointing"],
-        ["--ta_lora_rank", 2, "--generator_steps", 3, "--preset", "didr"],
+        slow(*ONE_BASE, "--divergence", "score", "--huber_c", 0.1, "--gradient_checkpointing"),
+        slow("--ta_lora_rank", 2, "--generator_steps", 3, "--preset", "didr"),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options):
@@ -146,6 +151,7 @@ def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options)
     assert same(both, weights(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_the_export_loads_and_draws(common, tmp_path):
     """From an SDXL with LoRA, whose files are three: merged weights, the LoRA by itself, and the rest."""
     tiny_sdxl(tmp_path / "sdxl")
@@ -164,7 +170,7 @@ def test_the_export_loads_and_draws(common, tmp_path):
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [[], ONE_BASE])
+@pytest.mark.parametrize("options", [[], slow(*ONE_BASE)])
 def test_another_number_of_processes_goes_on(common, tmp_path, options):
     """Two with FSDP2, one without, one with twice the accumulation, and back: each from the checkpoint of step 2."""
     common = [*common, *QUICK, *options]
@@ -195,7 +201,7 @@ def test_one_process_holds_all(common, tmp_path):
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "fsdp"))
 
 
-@pytest.mark.parametrize("options", [[], [*ONE_BASE, "--gradient_checkpointing"]])
+@pytest.mark.parametrize("options", [slow(), [*ONE_BASE, "--gradient_checkpointing"]])
 def test_bfloat16(common, tmp_path, options):
     """A frozen base in bfloat16 and float32 adapters in one unit; and what is averaged and stepped stays float32."""
     common = [*common, *QUICK, *options, "--mixed_precision", "bf16", "--max_train_steps", 2]

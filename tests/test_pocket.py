@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from diffusers import PixArtAlphaPipeline
 
 from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.pictures import image_grid, measured, picture, real_pictures
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import models_of
@@ -177,3 +178,25 @@ def test_the_reference_is_measured_beside_real_pictures_on_pairs_shown_and_held_
         assert list(table[group]) == ["real pictures", "through the VAE", "guidance 1", "guidance 2"]
         assert table[group]["real pictures"]["background"] == table[group]["real pictures"]["colour"] == 1
     assert measure.as_markdown(table).count("\n") == 6
+
+
+def test_a_sheet_shows_real_pictures_and_what_was_measured(tmp_path):
+    """A tick where the colour is right, a cross where not, neither where there is no picture."""
+
+    class Bright(torch.nn.Linear):
+        def measure(self, pixels, prompts):
+            assert len(pixels) == len(prompts)
+            return {"colour": (pixels.mean(dim=(1, 2, 3)) > 0.5).float()}
+
+    prompts = ["a white cat", "a white dog"]
+    white, black = torch.ones(3, 8, 8), torch.zeros(3, 8, 8)
+    picture(white).save(tmp_path / "a white dog.png")
+    columns = {"real": real_pictures(tmp_path, prompts), "drawn": torch.stack([black, white])}
+    assert columns["real"][0] is None and torch.equal(columns["real"][1], white)
+    marks = measured({"other": torch.nn.Linear(1, 1), "truth": Bright(1, 1)}, columns, prompts)
+    assert marks["real"]["colour"].isnan().tolist() == [True, False] and marks["real"]["colour"][1] == 1
+    assert marks["drawn"]["colour"].tolist() == [0, 1]
+    colours = [image_grid(columns, prompts, m).getcolors(10**6) for m in (marks, None)]
+    green, red = ([{rgb: n for n, rgb in c}.get(rgb, 0) for c in colours] for rgb in ((20, 140, 40), (200, 30, 30)))
+    assert green[0] > 0 and red[0] > 0 and green[1] == red[1] == 0
+    assert measured({"other": torch.nn.Linear(1, 1)}, columns, prompts) is None

@@ -12,28 +12,29 @@ from diff_instruct.evaluation.noise import further_noise
 REFERENCE_STEPS = 25
 
 
-def image_grid(columns, titles, prompts, marks=None):
-    """One picture: a row for each prompt, a column for each (title, B images).
+def image_grid(columns, prompts, marks=None):
+    """One picture: a row for each prompt, a column for each title.
 
     Args:
-        columns: tensors (B, 3, H, W), or lists of tensors (3, H, W) or None where there is no picture; in [0, 1].
-        marks (*optional*): for each column {what was measured: (B,) 1, 0, or NaN where it does not apply}, drawn as
+        columns (`dict`): title to B pictures in [0, 1]: a tensor (B, 3, H, W), or a list of tensors (3, H, W), and of
+            None where there is no picture.
+        marks (`dict`, *optional*): title to {what was measured: (B,) 1, 0, or NaN where it does not apply}, drawn as
             ticks and crosses; see [`measured`].
     """
-    shown = next(image for column in columns for image in column if image is not None)
+    shown = next(image for column in columns.values() for image in column if image is not None)
     size = max(165 if marks else 150, shown.shape[-1])  # wide enough for what is written
     label, head, foot = 230, 26, 18 if marks else 0
     width, height = size + 4, size + foot + 4
     sheet = Image.new("RGB", (label + width * len(columns), head + height * len(prompts)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for k, (images, title) in enumerate(zip(columns, titles)):
+    for k, (title, images) in enumerate(columns.items()):
         draw.text((label + width * k + 2, 6), title, fill="black", font=font)
         for row, image in enumerate(images):
             if image is not None:
                 place = label + width * k, head + height * row
                 sheet.paste(picture(image).resize((size, size)), place)
                 if marks:
-                    draw_marks(draw, place[0], place[1] + size, {what: m[row] for what, m in marks[k].items()})
+                    draw_marks(draw, place[0], place[1] + size, {what: m[row] for what, m in marks[title].items()})
     for row, prompt in enumerate(prompts):
         words, lines = prompt.split(), [""]
         for word in words:
@@ -75,19 +76,18 @@ def real_pictures(folder, prompts):
 
 
 def measured(scorers, columns, prompts):
-    """What the first of the scorers that measures (`pocket_truth`) says of each column of `image_grid`; None if none
-    does."""
+    """What the first of the scorers that measures (`pocket_truth`) says of the columns of [`image_grid`]: its `marks`,
+    or None if none measures."""
     scorer = next((s for s in scorers.values() if hasattr(s, "measure")), None)
     if scorer is None:
         return None
-    marks = []
-    for column in columns:
+    marks, device = {}, next(scorer.parameters()).device
+    for title, column in columns.items():
         rows = [i for i, image in enumerate(column) if image is not None]
-        seen = scorer.measure(torch.stack([column[i] for i in rows]), [prompts[i] for i in rows])
-        found = {what: torch.full((len(prompts),), torch.nan) for what in seen}
+        seen = scorer.measure(torch.stack([column[i].to(device) for i in rows]), [prompts[i] for i in rows])
+        marks[title] = {what: torch.full((len(prompts),), torch.nan) for what in seen}
         for what, right in seen.items():
-            found[what][rows] = right.cpu()
-        marks.append(found)
+            marks[title][what][rows] = right.cpu()
     return marks
 
 

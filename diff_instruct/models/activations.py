@@ -26,6 +26,7 @@ REWARDS = {
     "image_reward": (446_206_689, 267_699_784),
     "clip": (427_616_513, 357_307_816),
     "aesthetic": (304_894_178, 356_903_848),
+    **dict.fromkeys(("hpsv2", "hpsv2.1", "pickscore"), (986_109_441, 424_970_780)),  # one network
 }
 
 
