@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.image_processor import VaeImageProcessor
@@ -23,7 +22,7 @@ from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, load
 from diff_instruct.evaluation.cost import Meter
 from diff_instruct.evaluation.judge import diversity, first_features
 from diff_instruct.evaluation.noise import noise_and_generators
-from diff_instruct.evaluation.pictures import image_grid
+from diff_instruct.evaluation.pictures import from_picture, image_grid
 from diff_instruct.evaluation.prompt_sets import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_prompt_set, spread
 from diff_instruct.evaluation.report import markdown, report
 from diff_instruct.evaluation.store import Batches, fingerprint, remember, write_whole
@@ -163,7 +162,7 @@ def grid(folders, rows, prompts):
     def thumbnail(file):
         image = Image.open(file)
         side = min(image.width, THUMBNAIL)
-        return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 255
+        return from_picture(image.resize((side, side)))
 
     columns = [torch.stack([thumbnail(folder / f"{i:05d}-0.png") for i in rows]) for folder in folders.values()]
     return image_grid(dict(zip(folders, columns)), [prompts.texts[i] for i in rows])

@@ -152,6 +152,7 @@ def main(args):
         check_checkpoint(checkpoint, args, processes)
     train_prompts, eval_prompts = load_prompts(*prompt_sources(args), args.num_eval_prompts)
     validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
+    real = real_pictures(args.validation_images, validation_prompts)
     if args.dry_run:
         if args.memory_gib:
             algorithm = Batch, ta_loss, generator_gradient
@@ -316,10 +317,9 @@ def main(args):
         drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
     if is_main:
         before = load_file(before_file)
-        columns = {f"reference, {REFERENCE_STEPS} steps": drawn}
+        columns = {"real": real} if real else {}
+        columns |= {f"reference, {REFERENCE_STEPS} steps": drawn}
         columns |= {"generator before": before.pop("pictures"), "generator after": pictures}
-        if args.validation_images:
-            columns = {"real": real_pictures(args.validation_images, validation_prompts), **columns}
         sheet = image_grid(columns, validation_prompts, measured(heldout, columns, validation_prompts))
         summary = {**compare(before, scores), **summary}
         with theta.averaged(), writing_export(args):

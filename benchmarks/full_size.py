@@ -5,8 +5,7 @@
 Builds the pipeline of one of `benchmarks/architectures` in a folder, runs iterations of the training script on it in
 bfloat16, evaluation before and after and export included, and prints the highest resident memory (on a GPU: PyTorch's
 allocations) of each phase above that of an idle process, and seconds. The reward is ImageReward at its published size
-in bfloat16. T5 is built with one of its 24 layers. All other
-arguments are those of the training script.
+in bfloat16. T5 is built with one of its 24 layers. All other arguments are those of the training script.
 """
 
 import argparse

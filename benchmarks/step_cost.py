@@ -6,9 +6,8 @@ Three ways to take the same steps, in turn, in one process, on the same model an
     steps: generator forward, TA forward and backward; generator forward and backward, TA forward, reference forward
     for c and ∅, decoder and scorer forward and backward. Prompts are encoded before.
 (b) the training script.
-(c) as one would write it first: prompts and ∅ are encoded in every phase, the reference is called for c and then for
-    ∅, one graph leads from the reward through decoder and generator, and the TA's weights collect gradients in the
-    generator's phase as well.
+(c) as one would write it first: prompts and ∅ are encoded in every phase, their padding stays, the reference is called
+    for c and then for ∅, and one graph leads from the reward through decoder and generator.
 
 The script draws its prompts from 8, so that all but its first iterations find them encoded.
 
@@ -24,6 +23,7 @@ import tempfile
 import time
 from itertools import cycle, islice
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.nn.functional import mse_loss
@@ -43,7 +43,7 @@ VAE = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 16, "sample_si
 CLIP = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 CLIP_G = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 8, "num_attention_heads": 5}
 T5 = {"d_model": 512, "d_ff": 1280, "num_layers": 5, "num_heads": 8}
-SMALL = {  # latents of 32×32; encoder, decoder and denoiser share the work about as they do in the real ones
+SMALL = {  # latents of 32×32
     "pixart": {
         "transformer": {"num_layers": 6, "num_attention_heads": 4, "cross_attention_dim": 288, "sample_size": 32,
                         "caption_channels": 512},
@@ -127,13 +127,13 @@ class Plain:
         (z, eps, t), (c, null) = self.draw(), self.encode()
         x0 = pipe.generate(self.generator, z, c)
         x_t = pipe.schedule.add_noise(x0, eps, t)
-        from_ta = pipe.estimate(self.ta, x_t, t, c)
-        cond, uncond = pipe.estimate(self.ref, x_t, t, c), pipe.estimate(self.ref, x_t, t, null)
-        difference = (from_ta - (uncond + args.cfg_scale * (cond - uncond))).detach()
+        with torch.no_grad():
+            from_ta = pipe.estimate(self.ta, x_t, t, c)
+            cond, uncond = pipe.estimate(self.ref, x_t, t, c), pipe.estimate(self.ref, x_t, t, null)
+            difference = from_ta - (uncond + args.cfg_scale * (cond - uncond))
         reward = self.reward(pipe.decode(x0), self.prompts)
         ((difference * x0).sum() - args.reward_scale * reward.sum()).backward()
         self.step(self.theta)
-        self.psi.zero_grad()
 
 
 def timed(function, *arguments):
@@ -143,7 +143,7 @@ def timed(function, *arguments):
 
 
 def script_seconds(args):
-    """Of each iteration of the script itself, from draw to draw."""
+    """Of each iteration of the script itself, from draw to draw, with as many threads as the other sides have."""
     stamps = []
 
     class Sampler(script.Sampler):
@@ -151,11 +151,8 @@ def script_seconds(args):
             stamps.append(clock())
             return super().__call__()
 
-    original, script.Sampler = script.Sampler, Sampler
-    try:
+    with patch.multiple(script, Sampler=Sampler, use_cores=lambda processes: None):
         script.main(args)
-    finally:
-        script.Sampler = original
     starts = stamps[::2]  # two draws an iteration: the TA's and the generator's
     return [b - a for a, b in zip(starts, starts[1:])]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import PixArtAlphaPipeline
+from PIL import Image
 
 from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.evaluation.pictures import image_grid, measured, picture, real_pictures
@@ -18,6 +19,7 @@ from diff_instruct.training.arguments import parse_args
 from pocket import icons, measure, truth, world
 from pocket.build import retrieval_rate
 from pocket.fit import fit, learning_rate, steps_done
+from tests.runs import run
 
 
 def small_world(size=64):
@@ -184,6 +186,9 @@ def test_a_sheet_shows_real_pictures_and_what_was_measured(tmp_path):
     """A tick where the colour is right, a cross where not, neither where there is no picture."""
 
     class Bright(torch.nn.Linear):
+        def can_measure(self, prompt):
+            return prompt.startswith("a white")
+
         def measure(self, pixels, prompts):
             assert len(pixels) == len(prompts)
             return {"colour": (pixels.mean(dim=(1, 2, 3)) > 0.5).float()}
@@ -200,3 +205,21 @@ def test_a_sheet_shows_real_pictures_and_what_was_measured(tmp_path):
     green, red = ([{rgb: n for n, rgb in c}.get(rgb, 0) for c in colours] for rgb in ((20, 140, 40), (200, 30, 30)))
     assert green[0] > 0 and red[0] > 0 and green[1] == red[1] == 0
     assert measured({"other": torch.nn.Linear(1, 1)}, columns, prompts) is None
+    assert measured({"truth": Bright(1, 1)}, columns, ["something", "else"]) == {"real": {}, "drawn": {}}
+
+
+def test_a_run_shows_real_pictures(quick_args, tmp_path):
+    """A column more in samples.png; a file that is no picture ends the run before it starts."""
+    (tmp_path / "real").mkdir()
+    file = tmp_path / "real" / "a red apple.png"
+    picture(torch.rand(3, 40, 40)).save(file)
+    options = ["--max_train_steps", 1, "--validation_prompts", "a red apple", "blue cat"]
+    widths = []
+    for name, more in (("without", []), ("with", ["--validation_images", tmp_path / "real"])):
+        run([*quick_args, *options, *more, "--output_dir", tmp_path / name])
+        widths.append(Image.open(tmp_path / name / "samples.png").width)
+    assert widths[1] == widths[0] + (widths[0] - 230) // 3
+    file.write_text("no picture")
+    with pytest.raises(Mistake, match="a red apple.png is not a picture that can be read"):
+        run([*quick_args, *options, "--validation_images", tmp_path / "real", "--output_dir", tmp_path / "broken"])
+    assert not (tmp_path / "broken").exists()

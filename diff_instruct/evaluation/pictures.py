@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from diff_instruct.evaluation.noise import further_noise
+from diff_instruct.mistake import Mistake
 
 
 REFERENCE_STEPS = 25
@@ -47,12 +48,12 @@ def image_grid(columns, prompts, marks=None):
 
 def picture(pixels):
     """A PIL image of pixels (3, H, W) in [0, 1]."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels[None].clamp(0, 1)))[0]
 
 
 def from_picture(image):
     """Pixels (3, H, W) in [0, 1] of a PIL image."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image.convert("RGB")))[0]
 
 
 def draw_marks(draw, x, y, marks):
@@ -70,24 +71,37 @@ def draw_marks(draw, x, y, marks):
 
 
 def real_pictures(folder, prompts):
-    """For each prompt its picture (3, H, W) in [0, 1], `<prompt>.png` of the folder, or None if it has none."""
-    files = [Path(folder) / f"{prompt}.png" for prompt in prompts]
-    return [from_picture(Image.open(file)) if file.is_file() else None for file in files]
+    """For each prompt its picture (3, H, W) in [0, 1], `<prompt>.png` of the folder, or None if it has none; an empty
+    list without a folder.
+
+    Raises:
+        Mistake: for a file that is no picture.
+    """
+    pictures = []
+    for file in [Path(folder) / f"{prompt}.png" for prompt in prompts] if folder else []:
+        try:
+            pictures.append(from_picture(Image.open(file)) if file.is_file() else None)
+        except (UnidentifiedImageError, OSError):
+            raise Mistake(f"--validation_images: {file} is not a picture that can be read") from None
+    return pictures
 
 
 def measured(scorers, columns, prompts):
-    """What the first of the scorers that measures (`pocket_truth`) says of the columns of [`image_grid`]: its `marks`,
-    or None if none measures."""
+    """What the first of the scorers that measures says of the columns of [`image_grid`]: its `marks`, or None if none
+    measures. Such a scorer, `pocket_truth`, has `can_measure(prompt)`; other prompts get no marks.
+    """
     scorer = next((s for s in scorers.values() if hasattr(s, "measure")), None)
     if scorer is None:
         return None
     marks, device = {}, next(scorer.parameters()).device
     for title, column in columns.items():
-        rows = [i for i, image in enumerate(column) if image is not None]
-        seen = scorer.measure(torch.stack([column[i].to(device) for i in rows]), [prompts[i] for i in rows])
-        marks[title] = {what: torch.full((len(prompts),), torch.nan) for what in seen}
-        for what, right in seen.items():
-            marks[title][what][rows] = right.cpu()
+        marks[title] = {}
+        rows = [i for i, p in enumerate(prompts) if column[i] is not None and scorer.can_measure(p)]
+        if rows:
+            seen = scorer.measure(torch.stack([column[i].to(device) for i in rows]), [prompts[i] for i in rows])
+            for what, right in seen.items():
+                marks[title][what] = torch.full((len(prompts),), torch.nan)
+                marks[title][what][rows] = right.cpu()
     return marks
 
 

@@ -20,8 +20,7 @@ class Guided(NamedTuple):
 
 def stacked(c, null):
     """The conditioning of twice as many rows: those of c, then those of ∅; fewer tokens are filled up with zeros."""
-    return {k: pad_sequence([*v, *null[k]], batch_first=True) if v.dim() > 1 else torch.cat([v, null[k]])
-            for k, v in c.items()}  # fmt: skip
+    return {k: pad_sequence([*v, *null[k]], batch_first=True) for k, v in c.items()}
 
 
 class Denoiser:

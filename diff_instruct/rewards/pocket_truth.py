@@ -6,6 +6,7 @@ from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.pocket import PocketReward
 from pocket.truth import meanings_of, measure
+from pocket.world import parse
 
 
 class PocketTruth(Scorer):
@@ -36,6 +37,11 @@ class PocketTruth(Scorer):
     def image_features(self, pixels):
         """Unit vectors (B, D) of pixels (B, 3, H, W): those of its scorer."""
         return self.scorer.image_features(pixels)
+
+    @staticmethod
+    def can_measure(prompt):
+        """Whether a prompt is a sentence of the pocket world."""
+        return parse(prompt) is not None
 
     def measure(self, pixels, prompts):
         """`background`, `colour` and `noun`, (B,) each, 1 if right (see `pocket.truth.measure`).
