@@ -99,7 +99,7 @@ def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alph
     with torch.set_grad_enabled(score_based):
         from_ta = ta.x0(x_t, t, c)
     with torch.set_grad_enabled(score_based or diffused):
-        from_ref = ref.guided(x_t, t, c, null, alpha_cfg)
+        from_ref = ref.guided(x_t, t, c, null, alpha_cfg, args.cfg_interval)
     w = weight(args.weighting, alpha, sigma, x0_leaf, from_ref.guided)
     e = Estimates(from_ta, from_ref.cond, from_ref.uncond, alpha_cfg, w, alpha, sigma)
     if score_based:
@@ -111,7 +111,7 @@ def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alph
     if alpha_cfg != 1 and (not score_based or args.score_guidance == "outside"):
         figures["norm_cfg"] = grad_cfg
     if diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
-        again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg).guided  # noqa: E731
+        again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg, args.cfg_interval).guided  # noqa: E731
         d_k = denoise(from_ref.guided, x_t, t, again, schedule, args.diffused_reward_steps)
         r, grad_r = diffused_reward_gradient(x0_leaf, d_k, w, prompts, reward, decode, size)
     elif alpha_rew != 0 or measuring:

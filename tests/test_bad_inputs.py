@@ -72,6 +72,8 @@ TABLE = [
     ("train", ["--dataset_name", "owner/name"], "either --dataset_name or --train_prompts"),
     ("train", ["--divergence", "score", "--reward_mode", "diffused"], "--reward_mode diffused needs"),
     ("train", ["--min_timestep", "0.5", "--max_timestep", "0.5"], "--min_timestep must be"),
+    ("train", ["--cfg_interval", "0.5", "0.2"], "--cfg_interval: the first fraction must be less"),
+    ("train", ["--cfg_interval", "0.5", "1.2"], "a number from 0 to 1"),
     ("train", ["--reward_ratio", "1", "--reward_scale", "2"], "--reward_scale"),
     ("train", ["--timestep", "400", "500"], "--timestep 400 500 must descend"),
     ("train", ["--timestep", "400", "300", "--generator_steps", "3"], "--generator_steps is 3"),

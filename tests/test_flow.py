@@ -128,6 +128,10 @@ def test_guided_reference_is_that_of_the_stock_pipeline(flow_args, name):
     with torch.no_grad():
         guided = reference.guided(z, t, encode(PROMPTS), null, scale)
         pixels = pipe.decode(guided.guided).clamp(0, 1)
+        inside = reference.guided(z, t, encode(PROMPTS), null, scale, (0.8, 1.0))
+        outside = reference.guided(z, t, encode(PROMPTS), null, scale, (0.0, 0.7))
+    assert torch.equal(inside.guided, guided.guided)
+    assert torch.equal(outside.uncond, guided.cond) and torch.equal(outside.guided, guided.cond)
     assert (guided.cond - guided.uncond).abs().max() > 1e-2
     stock.scheduler = pipe.scheduler
     family = replace(models.family, options={**models.family.options, "sigmas": [0.8]})

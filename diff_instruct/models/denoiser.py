@@ -60,12 +60,20 @@ class Denoiser:
         """x̂0 of s(x_t, t, c), (B, C, H, W)."""
         return self.schedule.x0(self(x_t, t, c), x_t, t)
 
-    def guided(self, x_t, t, c, null, cfg_scale):
-        """The estimates for c and ∅, in one call, and the guided one; ∅ is not asked for at α_cfg = 1."""
+    def guided(self, x_t, t, c, null, cfg_scale, interval=(0.0, 1.0)):
+        """The estimates for c and ∅, in one call, and the guided one; ∅ is not asked for at α_cfg = 1.
+
+        Args:
+            interval: the fractions of the schedule between which guidance acts; elsewhere the estimate for ∅ is that
+                for c (Kynkäänniemi et al., arXiv 2404.07724).
+        """
         if cfg_scale == 1:
             cond = self.x0(x_t, t, c)
             return Guided(cond, cond, cond)
         cond, uncond = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(c, null)).chunk(2)
+        low, high = (fraction * self.schedule.steps for fraction in interval)
+        acts = ((low <= t) & (t <= high)).view(-1, 1, 1, 1)
+        uncond = torch.where(acts, uncond, cond)
         return Guided(cond, uncond, guide(cond, uncond, cfg_scale))
 
     def loss(self, x_t, eps, t, c):

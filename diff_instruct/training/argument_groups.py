@@ -148,6 +148,10 @@ def add_algorithm_arguments(parser):
         help="α_cfg, guidance of the reference as uncond + α (cond − uncond): 1 is none; the paper's: 1, 4.5",
     )  # fmt: skip
     g.add_argument(
+        "--cfg_interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="fractions of the schedule between which guidance acts; at other noise levels it is 1",
+    )  # fmt: skip
+    g.add_argument(
         "--divergence", choices=["ikl", "score"], default="ikl",
         help="from the reference: the integral KL (DI, DI++, DIDR) or a distance of scores (SIM, DI*), which takes "
         "gradients through both networks: more memory and time",

@@ -99,6 +99,8 @@ def check_args(args):
         raise Mistake("--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives")
     if not args.min_timestep < args.max_timestep:
         raise Mistake("--min_timestep must be less than --max_timestep")
+    if not args.cfg_interval[0] < args.cfg_interval[1]:
+        raise Mistake("--cfg_interval: the first fraction must be less than the second")
     check_tracker(args.report_to)
     check_steps(args)
     _, heldout = read_rewards(args)
