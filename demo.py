@@ -26,7 +26,12 @@ from diff_instruct.training.environment import use_cores
 
 
 POCKET = Path(__file__).resolve().parent / "pocket"
-EXAMPLES = ["red heart", "green apple", "smiling face", "blue book", "black cat"]
+EXAMPLES = [
+    "a red apple",
+    "a purple fish on a yellow background",
+    "a green guitar",
+    "a blue butterfly on a pink background",
+]
 
 
 def build_parser():
@@ -65,7 +70,7 @@ def check_args(args):
         raise Mistake("--push_to_hub needs --export_space: the folder that is uploaded")
     if args.model is None:
         args.model = f"{POCKET / 'generator'},base={POCKET / 'reference'}"
-        args.before = args.before or f"{POCKET / 'reference'},timestep=400"
+        args.before = args.before or f"{POCKET / 'reference'},timestep=625"
         args.reward, args.heldout_reward = args.reward or ["pocket"], args.heldout_reward or ["pocket_heldout"]
         args.examples = EXAMPLES if args.examples is None else args.examples
     args.reward, args.heldout_reward = args.reward or [], args.heldout_reward or []

@@ -2,7 +2,7 @@
 """Score text-to-image models side by side on the prompts of a benchmark, with intervals and a paired comparison.
 
 `python evaluate_one_step.py --models generator=pocket/generator,base=pocket/reference
-reference=pocket/reference,steps=25,guidance=4.5 --prompts pocket/prompts_heldout.txt --rewards pocket pocket_heldout`
+reference=pocket/reference,steps=25,guidance=2 --prompts pocket/prompts_heldout.txt --rewards pocket pocket_heldout`
 does it with the pocket models. The same command goes on where it was stopped.
 """
 

@@ -3,9 +3,9 @@
 `five_settings.py` and `five_methods.py` say which runs. Every run starts from the committed one-step generator and
 differs in its arguments and its seed only. Finished runs are kept in the work directory and not made again.
 
-They are judged on 64 captions that the reference knows and that are taken out of the prompts of alignment, as in the
-papers, where the reference knows most of what it is asked for; and on the pocket's 64 held-out prompts, new
-combinations, which the reference itself draws badly (pocket/README.md).
+They are judged on the pocket's 64 held-out prompts, pairs of noun and colour or background that neither reference nor
+generator nor reward has seen, by the trained reward, by a scorer that nothing is trained on, and by the truth
+(`pocket.truth`).
 """
 
 import argparse
@@ -36,13 +36,13 @@ from diff_instruct.rewards.loading import load_mix, load_scorers
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.environment import usable_cores
-from pocket.build import caption_features, retrieved
+from pocket.build import BEST_GUIDANCE
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-N_IMAGES, GUIDANCE = 4, 4.5
+N_IMAGES = 4
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
 COMMON = (
     "--validation_steps 25 --num_eval_prompts 16 --checkpointing_steps 50 --checkpoints_total_limit 1 "
@@ -51,18 +51,11 @@ COMMON = (
 METRICS = {
     "reward": "`pocket` (trained)",
     "heldout": "`pocket_heldout` (not trained)",
+    "background": "background",
+    "colour": "colour",
+    "noun": "noun",
     "diversity": "diversity",
-    "retrieval": "retrieval",
-    "heldout_new": "`pocket_heldout`, new combinations",
-    "retrieval_new": "retrieval, new combinations",
 }
-
-
-def split_prompts():
-    """(judged, rest, new): captions that the reference knows and are only judged, the others, and new combinations."""
-    known, new = ((ROOT / "pocket" / f"prompts_{part}.txt").read_text().splitlines() for part in ("train", "heldout"))
-    judged = known[7 :: len(known) // 64][:64]
-    return judged, [caption for caption in known if caption not in judged], new
 
 
 def parser(description):
@@ -77,16 +70,10 @@ def parser(description):
 
 def train(settings, args):
     """Train every name: arguments of `settings` with every seed, each run on a core of its own."""
-    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
-    judged, rest, _ = split_prompts()
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = Queue()
     for k in range(args.at_once):
         cores.put(pinned[k % len(pinned)] if pinned else None)
-
-    files = {"eval_prompts": judged, "train_prompts": rest}
-    for flag, prompts in files.items():
-        (Path(args.work_dir) / f"{flag}.txt").write_text("\n".join(prompts) + "\n")
 
     def one(name, arguments, seed):
         folder = Path(args.work_dir) / f"{name}-{seed}"
@@ -94,7 +81,6 @@ def train(settings, args):
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
             command += ["--max_train_steps", str(args.max_train_steps), *COMMON.split(), *arguments.split()]
-            command += [word for flag in files for word in (f"--{flag}", str(Path(args.work_dir) / f"{flag}.txt"))]
             resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
             core = cores.get()
             with (folder / "log.txt").open("a") as log:
@@ -113,7 +99,7 @@ def train(settings, args):
 
 
 class Judge:
-    """Scores of images of the captions that the reference knows, and of new combinations (see `split_prompts`)."""
+    """Scores and truth of images of the pocket's held-out prompts."""
 
     def __init__(self, work_dir):
         args, self.work_dir = parse_args(["--output_dir", work_dir]), Path(work_dir)
@@ -122,9 +108,8 @@ class Judge:
         self.before = load_generator(self.models, self.stock)
         trained, reported = read_rewards(args)
         self.reward, self.heldout = load_mix(trained, "cpu"), load_scorers(reported, "cpu")
-        self.known, rest, self.new = split_prompts()
-        self.text = caption_features(self.heldout["pocket_heldout"], [*self.known, *rest, *self.new])
-        self.shown = [*self.known[::13], *self.new[:3]]
+        self.prompts = Path(args.eval_prompts).read_text().splitlines()
+        self.shown = self.prompts[:8]
 
     @torch.no_grad()
     def __call__(self, name, draw):
@@ -132,20 +117,18 @@ class Judge:
         file = self.work_dir / f"{name}.safetensors"
         if not file.exists():
             shape, rows = self.before.latent_shape(), []
-            for i, prompt in enumerate(tqdm([*self.known, *self.new], desc=name, leave=False)):
+            for i, prompt in enumerate(tqdm(self.prompts, desc=name, leave=False)):
                 c = [prompt] * N_IMAGES
                 pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
                 row = judge_images(pixels, c, self.reward, self.heldout)
-                hits = retrieved(self.heldout["pocket_heldout"], pixels, c, self.text, seed=i)
-                rows.append({**row, "retrieval": torch.tensor(hits).float()})
-            both = {k: torch.stack([row[k] for row in rows]).split(len(self.known)) for k in rows[0]}
-            scores = {**{k: v[0] for k, v in both.items()}, **{f"{k}_new": v[1] for k, v in both.items()}}
+                rows.append({**row, **self.heldout["pocket_truth"].measure(pixels, c)})
+            scores = {k: torch.stack([row[k] for row in rows]) for k in METRICS}
             pictures = torch.cat([draw([p], fixed_noise(shape, 1000 + i, 1)) for i, p in enumerate(self.shown)])
             save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
         return load_file(file)
 
-    def reference(self, steps, guidance=GUIDANCE):
-        """How the reference draws, with guidance: by its own sampler, or x̂0 at the last timestep if it is one step."""
+    def reference(self, steps, guidance):
+        """How the reference draws: by its own sampler, or x̂0 at the last timestep if it is one step."""
         stock, side = self.stock, self.models.grid.side
         if steps == 1:  # PixArt-α's own sampler has no single step
             stock = type(stock).from_pipe(
@@ -163,9 +146,11 @@ def judge_all(settings, args):
     """Scores by name, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
     judge = Judge(args.work_dir)
     scores = {
-        "reference, 1 step": [judge("reference-1", judge.reference(1))],
-        "reference, 25 steps": [judge("reference-25", judge.reference(25))],
-        "reference, 25 steps, guidance 2": [judge("reference-25-2", judge.reference(25, 2.0))],
+        "reference, 1 step": [judge("reference-1", judge.reference(1, 4.5))],
+        **{
+            f"reference, 25 steps, guidance {g}": [judge(f"reference-25-{g}", judge.reference(25, g))]
+            for g in (1.0, BEST_GUIDANCE, 4.5)
+        },
         "before": [judge("before", one_step(judge.before))],
     }
     for name in settings:
@@ -244,9 +229,10 @@ def curves(settings, args, labels, file):
     panels = {
         "val_reward": "pocket (trained)",
         "val_heldout": "pocket_heldout (not trained)",
+        "val_heldout_pocket_truth": "truth: background, colour and noun",
         "val_diversity": "diversity",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     for name in settings:
         runs = []
         for seed in range(args.seeds):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
-from transformers import CLIPModel, T5Tokenizer
+from transformers import CLIPModel, T5EncoderModel, T5Tokenizer
 
 from diff_instruct.evaluation.pictures import picture
 from diff_instruct.rewards.pocket import PocketReward
@@ -24,17 +24,20 @@ from pocket import icons, measure, world
 from pocket.fit import steps_done
 from pocket.reference import as_pipeline, build_reference, sample
 from pocket.scorers import FOLDERS, build_scorer
-from pocket.vae import build_decoder, build_vae, reconstruction_error
+from pocket.text import build_text_encoder, understood
+from pocket.vae import build_vae, reconstruction_error
 
 
 HERE = Path(__file__).parent
-STEPS = {"vae": 3200, "decoder": 3000, "reference": 7000, "pocket": 1200, "pocket_heldout": 1200}
+STEPS = {
+    "vae": 2300, "text": 800, "reference": 2800, "pocket": 1200, "pocket_heldout": 1800
+}  # fmt: skip
 BEST_GUIDANCE = 2.0  # of `GUIDANCE`, by the table that `measure` writes
 GENERATOR_COMMAND = (
     "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
-    "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout "
-    f"--pretrain_steps 1200 --max_train_steps 0 --pretrain_cfg_scale {BEST_GUIDANCE} --train_batch_size 32 "
-    "--learning_rate 2e-4 --mixed_precision bf16 --validation_steps 200 --checkpointing_steps 100"
+    "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout pocket_truth "
+    f"--timestep 625 --pretrain_steps 600 --max_train_steps 0 --pretrain_cfg_scale {BEST_GUIDANCE} "
+    "--train_batch_size 32 --learning_rate 2e-4 --validation_steps 200 --checkpointing_steps 100"
 )
 
 
@@ -42,15 +45,30 @@ def vae_stage(work_dir, accelerator):
     """The whitened autoencoder, made once and kept in `work_dir/vae`."""
     folder = work_dir / "vae"
     if not folder.exists():
-        vae = build_vae(world.load(work_dir), work_dir, accelerator, STEPS["vae"])
+        pictures = world.load(work_dir)
+        vae = build_vae(pictures, work_dir, accelerator, STEPS["vae"])
+        print(f"reconstruction error {reconstruction_error(vae, pictures, accelerator):.4f}")
         vae.save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder).to(accelerator.device)
 
 
+def text_stage(work_dir, accelerator):
+    """Text encoder and tokenizer, trained once on the captions that are not held out and kept in `work_dir/text`."""
+    folder = work_dir / "text"
+    if not folder.exists():
+        pictures = world.load(work_dir)
+        seen, new = pictures.captions_of(heldout=False), pictures.captions_of(heldout=True)
+        encoder, heads, tokenizer = build_text_encoder(seen, work_dir, accelerator, STEPS["text"])
+        print(f"tokens that tell what held-out captions say: {understood(encoder, heads, tokenizer, new)}")
+        encoder.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return T5EncoderModel.from_pretrained(folder).to(accelerator.device), T5Tokenizer.from_pretrained(folder)
+
+
 def reference_stage(work_dir, accelerator, steps):
-    """Transformer, text encoder and tokenizer after that many steps."""
-    vae = vae_stage(work_dir, accelerator)
-    return build_reference(vae, world.load(work_dir), work_dir, accelerator, steps)
+    """Transformer after that many steps."""
+    vae, text = vae_stage(work_dir, accelerator), text_stage(work_dir, accelerator)
+    return build_reference(vae, *text, world.load(work_dir), work_dir, accelerator, steps)
 
 
 def scorers_stage(work_dir, accelerator):
@@ -62,22 +80,10 @@ def scorers_stage(work_dir, accelerator):
             tokenizer.save_pretrained(work_dir / folder)
 
 
-def decoder_stage(work_dir, accelerator):
-    """The autoencoder with a decoder trained further, kept in `work_dir/vae_final`."""
-    folder = work_dir / "vae_final"
-    if not folder.exists():
-        pictures, vae = world.load(work_dir), vae_stage(work_dir, accelerator)
-        build_decoder(vae, pictures, work_dir, accelerator, STEPS["decoder"]).save_pretrained(folder)
-        print(f"reconstruction error {reconstruction_error(vae, pictures, accelerator):.4f}")
-    return AutoencoderKL.from_pretrained(folder).to(accelerator.device)
-
-
 def pipeline(work_dir, accelerator):
-    """The reference as far as it is trained, its averaged weights, with the best VAE there is."""
-    final = (work_dir / "vae_final").exists()
-    vae = decoder_stage(work_dir, accelerator) if final else vae_stage(work_dir, accelerator)
-    networks = reference_stage(work_dir, accelerator, steps_done("reference", work_dir))
-    return as_pipeline(vae, *networks)
+    """The reference as far as it is trained, its averaged weights."""
+    transformer = reference_stage(work_dir, accelerator, steps_done("reference", work_dir))
+    return as_pipeline(vae_stage(work_dir, accelerator), *text_stage(work_dir, accelerator), transformer)
 
 
 def measure_stage(work_dir, accelerator):
@@ -104,8 +110,7 @@ def export_scorer(folder, source, pipe, prompts):
 def export_prompts(pictures, n_heldout=64):
     """`prompts_train.txt`, all captions that were shown; `prompts_heldout.txt`, one prompt a line, and in `real/` a
     picture of each."""
-    seen = sorted({c for c, new in zip(pictures.captions(), pictures.heldout.tolist()) if not new})
-    (HERE / "prompts_train.txt").write_text("\n".join(seen) + "\n")
+    (HERE / "prompts_train.txt").write_text("\n".join(pictures.captions_of(heldout=False)) + "\n")
     index, captions = measure.some_pairs(pictures, True, n_heldout), pictures.captions()
     (HERE / "prompts_heldout.txt").write_text("\n".join(captions[i] for i in index) + "\n")
     shutil.rmtree(HERE / "real", ignore_errors=True)
@@ -141,34 +146,11 @@ def generator_stage(work_dir, accelerator):
     shutil.copyfile(out / "curves.png", HERE / "generator" / "curves.png")
 
 
-@torch.no_grad()
-def caption_features(scorer, captions):
-    """The scorer's text features, by caption."""
-    return dict(zip(captions, scorer.text_features(captions)))
-
-
-@torch.no_grad()
-def retrieved(scorer, images, prompts, text, n=100, seed=0):
-    """For each image, whether the scorer ranks its own caption first among n of `caption_features`."""
-    rng, hits = random.Random(seed), []
-    for feature, prompt in zip(scorer.image_features(images), prompts):
-        others = rng.sample([c for c in text if c != prompt], n - 1)
-        scores = torch.stack([text[c] for c in [prompt, *others]]) @ feature
-        hits.append(scores.argmax().item() == 0)
-    return hits
-
-
-def retrieval_rate(scorer, images, prompts, captions, **options):
-    """The share of the images that are `retrieved` among `captions["names"]`."""
-    hits = retrieved(scorer, images, prompts, caption_features(scorer, captions["names"]), **options)
-    return sum(hits) / len(hits)
-
-
 STAGES = {
     "vae": vae_stage,
+    "text": text_stage,
     "reference": partial(reference_stage, steps=STEPS["reference"]),
     "scorers": scorers_stage,
-    "decoder": decoder_stage,
     "measure": measure_stage,
     "export": export_stage,
     "generator": generator_stage,
@@ -179,10 +161,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", default="pocket-build", help="where intermediate results go (about 0.5 GB)")
     parser.add_argument(
-        "--stage", nargs="+", choices=STAGES, default=["vae", "reference", "scorers", "decoder", "measure"]
+        "--stage", nargs="+", choices=STAGES, default=["vae", "text", "reference", "scorers", "measure"]
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), default="no", help="bf16 where the processor computes in it"
     )
     args = parser.parse_args()
-    work_dir, accelerator = Path(args.work_dir), Accelerator(mixed_precision="bf16")
+    work_dir, accelerator = Path(args.work_dir), Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.num_processes > 1 and args.stage != ["reference"]:
+        parser.error("several processes share `--stage reference` alone, after the stages before it")
     icons.prepare(work_dir)
     for stage in args.stage:
         STAGES[stage](work_dir, accelerator)

@@ -35,7 +35,7 @@ def some_pairs(pictures, heldout, n, seed=0):
 
 
 @torch.no_grad()
-def measure_reference(pipe, pictures, scorer, n=192, guidance_scales=GUIDANCE, steps=25):
+def measure_reference(pipe, pictures, scorer, n=96, guidance_scales=GUIDANCE, steps=25):
     """{`seen` or `heldout`: {what is judged: rates}}, from the same n captions and noises for each guidance."""
     table = {}
     for group, heldout in (("seen", False), ("heldout", True)):

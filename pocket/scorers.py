@@ -6,12 +6,12 @@ from transformers import CLIPConfig, CLIPModel
 
 from pocket import world
 from pocket.fit import fit
-from pocket.reference import make_tokenizer
+from pocket.text import make_tokenizer
 
 
 VISION = {
     "pocket": {"patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "pocket_heldout": {"patch_size": 8, "hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5},
+    "pocket_heldout": {"patch_size": 12, "hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5},
 }
 FOLDERS = {"pocket": "scorer", "pocket_heldout": "scorer_heldout"}
 

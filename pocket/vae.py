@@ -1,4 +1,4 @@
-"""Stages `vae` and `decoder`: an AutoencoderKL of factor 4 from scratch, 64×64×3 to 16×16×4."""
+"""Stage `vae`: an AutoencoderKL of factor 4 from scratch, 48×48×3 to 12×12×8."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from pocket.fit import fit
 
 
 def batch_of_pixels(pictures, size, generator):
-    """Random pictures in [-1, 1], (size, 3, 64, 64), mirrored and moved by up to the margin (which is plain)."""
+    """Random pictures in [-1, 1], (size, 3, 48, 48), mirrored and moved by up to the margin (which is plain)."""
     x = pictures.pixels(torch.randint(len(pictures.pairs), (size,), generator=generator)) * 2 - 1
     flip = torch.rand(size, generator=generator) < 0.5
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
@@ -48,10 +48,11 @@ def build_vae(pictures, work_dir, accelerator, steps):
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 64, 96),
-        latent_channels=4,
+        latent_channels=8,
         sample_size=world.RESOLUTION,
         norm_num_groups=16,
     )
+    torch.nn.init.constant_(vae.quant_conv.bias[8:], -6.0)  # log variance: else noise drowns the latents at first
 
     def loss_fn(generator, batch=8):
         x = batch_of_pixels(pictures, batch, generator).to(accelerator.device)
@@ -63,22 +64,6 @@ def build_vae(pictures, work_dir, accelerator, steps):
 
     fit("vae", [vae], loss_fn, steps=steps, lr=1e-3, work_dir=work_dir, accelerator=accelerator)
     whiten_latents(vae, pictures, accelerator)
-    return vae
-
-
-def build_decoder(vae, pictures, work_dir, accelerator, steps):
-    """The decoder alone, further: latents stay as they are, so the reference need not be trained again."""
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-
-    def loss_fn(generator, batch=8):
-        x = batch_of_pixels(pictures, batch, generator).to(accelerator.device)
-        with torch.no_grad():
-            posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        return picture_loss(vae.decode(posterior.mean + posterior.std * noise).sample.float(), x)
-
-    fit("decoder", [vae], loss_fn, steps=steps, lr=6e-4, work_dir=work_dir, accelerator=accelerator)
     return vae
 
 

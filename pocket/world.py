@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 
-RESOLUTION = 64
-MARGIN = 4  # pixels of plain background on every side
+RESOLUTION = 48
+MARGIN = 3  # pixels of plain background on every side
 
 HUES = {"red": 0, "orange": 28, "yellow": 50, "green": 125, "blue": 215, "purple": 272, "pink": 328}  # degrees
 
@@ -78,7 +78,7 @@ class World:
     """All pictures: N icons, and the M (icon, background) pairs in which the icon stands out.
 
     Args:
-        icons: (N, 4, 64, 64) uint8.
+        icons: (N, 4, 48, 48) uint8.
         entries: for each icon a dictionary with noun, colour (or None) and set.
         pairs: (M, 2) int64, icon and background.
         heldout: (M,) bool, pairs whose (noun, colour) or (noun, background) nothing is trained on.
@@ -90,7 +90,7 @@ class World:
     heldout: torch.Tensor
 
     def pixels(self, index):
-        """Pixels in [0, 1], (B, 3, 64, 64), of pairs (B,)."""
+        """Pixels in [0, 1], (B, 3, 48, 48), of pairs (B,)."""
         icon, background = self.pairs[index].T
         return compose(self.icons[icon], background)
 
@@ -103,6 +103,10 @@ class World:
         """The caption of every pair, a list of M."""
         meanings = (self.meaning(i) for i in range(len(self.pairs)))
         return [caption(m.noun, m.colour, m.background) for m in meanings]
+
+    def captions_of(self, heldout):
+        """The different captions of pairs held out, or of those that are not, sorted."""
+        return sorted({c for c, new in zip(self.captions(), self.heldout.tolist()) if new == heldout})
 
 
 def load(work_dir):

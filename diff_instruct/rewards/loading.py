@@ -21,9 +21,9 @@ from diff_instruct.rewards.pocket_truth import PocketTruth
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
 
 
-def pocket_scorer(name, folder, path=None, cache_dir=None):
-    """One of the two scorers in pocket/."""
-    return PocketReward.from_pretrained(name, path or POCKET / folder)
+def in_pocket(load, folder, path=None, cache_dir=None):
+    """What `load` makes of `path`, or of a folder in pocket/."""
+    return load(path=path or POCKET / folder)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reward_dtype`
@@ -34,9 +34,9 @@ REWARDS = {  # a key for each of specs.NAMES
     "pickscore": PickScore.from_pretrained,
     "clip": ClipScore.from_pretrained,
     "aesthetic": Aesthetic.from_pretrained,
-    "pocket": partial(pocket_scorer, "pocket", "scorer"),
-    "pocket_heldout": partial(pocket_scorer, "pocket_heldout", "scorer_heldout"),
-    "pocket_truth": PocketTruth.from_pretrained,
+    "pocket": partial(in_pocket, partial(PocketReward.from_pretrained, "pocket"), "scorer"),
+    "pocket_heldout": partial(in_pocket, partial(PocketReward.from_pretrained, "pocket_heldout"), "scorer_heldout"),
+    "pocket_truth": partial(in_pocket, PocketTruth.from_pretrained, "scorer_heldout"),
 }
 
 

@@ -21,17 +21,8 @@ class PocketTruth(Scorer):
         self.scorer = scorer
 
     @classmethod
-    def from_pretrained(cls, path=None, cache_dir=None):
-        """With the scorer in the folder `path`.
-
-        Raises:
-            Mistake: without one: those that are committed know another world's words.
-        """
-        if path is None:
-            raise Mistake(
-                "reward `pocket_truth` measures nouns with the held-out scorer of its world, which `python -m "
-                "pocket.build` makes: --reward_checkpoint pocket_truth=pocket-build/scorer_heldout"
-            )
+    def from_pretrained(cls, path, cache_dir=None):
+        """With the scorer in the folder `path`."""
         return cls(PocketReward.from_pretrained("pocket_truth", path))
 
     def image_features(self, pixels):

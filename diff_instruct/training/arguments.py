@@ -30,7 +30,8 @@ def pocket_defaults(preset):
     paths = {"pretrained_model_name_or_path": "reference", "pretrained_generator_name_or_path": "generator"}
     prompts = {"train_prompts": "prompts_train.txt", "eval_prompts": "prompts_heldout.txt"}
     own = settings.pop("presets").get(preset, {})
-    return {**{k: str(POCKET / v) for k, v in {**paths, **prompts}.items()}, **settings}, own
+    files = {**paths, **prompts, "validation_images": "real"}
+    return {**{k: str(POCKET / v) for k, v in files.items()}, **settings}, own
 
 
 def build_parser():
@@ -71,6 +72,8 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     if on_pocket and (given.dataset_name or given.train_prompts):  # one's own prompts: judge with those, too
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
+    if on_pocket and given.heldout_reward is None and args.eval_prompts != parser.get_default("eval_prompts"):
+        args.heldout_reward = ["pocket_heldout"]  # the truth is defined for the pocket's own sentences alone
     if args.hub_token is not None:
         os.environ["HF_TOKEN"] = args.hub_token
     del args.hub_token  # nothing that records the arguments can keep it
