@@ -1,7 +1,8 @@
 """The bare command with one thing changed at a time, on the pocket reference: `python experiments/one_change.py`.
 
 What does guidance of 4.5 do to this reference, and what helps against it? Which `--weighting` is best? Every run
-starts from the committed one-step generator with (α_cfg, α_rew) = (4.5, 10). Writes `one_change.md` and
+starts from the committed one-step generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise
+levels. Writes `one_change.md` and
 `one_change.png` beside this file.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pocket_runs as runs
 
 
+BARE = "--cfg_scale 4.5 --reward_scale 10 --cfg_interval 0 0.5"
 CHANGES = {  # what is changed: arguments
     "nothing": "",
     "α_cfg 1": "--cfg_scale 1",
@@ -23,8 +25,9 @@ CHANGES = {  # what is changed: arguments
     "K_TA 3": "--ta_steps 3",
     "TA's rate × 3": "--ta_learning_rate 3e-4",
     "both rates ÷ 3": "--learning_rate 3e-5 --ta_learning_rate 3e-5",
+    "guidance at all noise levels": "--cfg_interval 0 1",
     "guidance at high noise alone": "--cfg_interval 0.5 1",
-    "guidance at low noise alone": "--cfg_interval 0 0.5",
+    "guidance at low noise alone": "--cfg_interval 0 0.25",
 }
 
 
@@ -32,7 +35,7 @@ def main():
     out = Path(__file__).with_suffix("")
     args = runs.parser(__doc__).parse_args()
     names = {f"change{k}": change for k, change in enumerate(CHANGES)}
-    settings = {name: f"--cfg_scale 4.5 --reward_scale 10 {CHANGES[change]}".strip() for name, change in names.items()}
+    settings = {name: f"{BARE} {CHANGES[change]}" for name, change in names.items()}
     pairs = [(name, "change0") for name in settings if name != "change0"]
     runs.tables(settings, pairs, names, f"{out}.md", args)
     runs.curves(settings, args, names, f"{out}.png")

@@ -44,9 +44,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 N_IMAGES = 4
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
-COMMON = (
-    "--validation_steps 25 --num_eval_prompts 16 --checkpointing_steps 50 --checkpoints_total_limit 1 "
-    "--logging_steps 5"
+COMMON = (  # guidance at all noise levels, as in the papers, whatever the pocket's own defaults
+    "--cfg_interval 0 1 --validation_steps 25 --num_eval_prompts 16 --checkpointing_steps 50 "
+    "--checkpoints_total_limit 1 --logging_steps 5"
 )
 METRICS = {
     "reward": "`pocket` (trained)",

@@ -126,7 +126,7 @@ def export_stage(work_dir, accelerator):
     prompts = random.Random(0).sample((HERE / "prompts_train.txt").read_text().splitlines(), 256)
     for folder in FOLDERS.values():
         export_scorer(HERE / folder, work_dir / folder, pipe, prompts)
-    for name in ("report.json", "report.md", "samples.png", "samples.txt"):
+    for name in ("report.json", "samples.png", "samples.txt"):
         shutil.copyfile(work_dir / name, HERE / name)
     pipe.to(torch.float16).save_pretrained(HERE / "reference")
 

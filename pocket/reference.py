@@ -43,8 +43,8 @@ def caption_states(text_encoder, tokenizer, captions, batch=256):
 def build_reference(vae, text_encoder, tokenizer, pictures, work_dir, accelerator, steps):
     """A PixArtTransformer2DModel (36 tokens) after that many steps; 10% of the captions are "".
 
-    It predicts v, with the weight min(snr + 1, 5) in terms of x0. The loss of ε with min-SNR-5 hardly asks for what is
-    decided where noise is strong: after 1,400 steps a third of the backgrounds was wrong, and most nouns were missing.
+    It predicts v, with the weight min(snr + 1, 5) in terms of x0: the loss of ε with min-SNR-5 (Hang et al., arXiv
+    2303.09556) hardly asks for what is decided where noise is strong, backgrounds and colours.
     """
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(

@@ -30,6 +30,19 @@ def work(arguments, log, environment, before):
     sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
 
 
+def ranks(processes):
+    """The environment of each of several processes (gloo), on the CPU; for one, without ranks."""
+    environment = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    if processes == 1:
+        return [environment]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    environment["LOCAL_WORLD_SIZE"] = str(processes)
+    return [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
 class Run:
     """A run that was started, of one process or several (gloo); `log` collects what it prints.
 
@@ -38,16 +51,9 @@ class Run:
 
     def __init__(self, arguments, log, processes=1, environment=None, before=dict):
         arguments = [str(a) for a in arguments]
-        environment = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **(environment or {})}
-        if processes > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-            environment["LOCAL_WORLD_SIZE"] = str(processes)
         self.log, self.processes = Path(log), []
-        for rank in range(processes):
-            mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+        for rank in ranks(processes):
+            mine = rank | (environment or {})
             process = CONTEXT.Process(target=work, args=(arguments, str(log), mine, before))
             process.start()
             self.processes.append(process)

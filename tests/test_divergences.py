@@ -115,6 +115,20 @@ def test_no_network_runs_twice(tiny_args, watch, method, reference_calls):
     assert watch["trained"] == [2, reference_calls]
 
 
+@pytest.mark.parametrize("method", [[], SCORE, DIDR])
+def test_guidance_acts_within_its_interval_alone(tiny_args, watch, method):
+    """Below every t of π(t): the gradient of no guidance, to rounding; and another one with guidance everywhere."""
+    gradients = []
+    for options in (["--cfg_interval", 0, 0.01], ["--cfg_scale", 1], []):
+        run([*tiny_args, "--max_train_steps", 1, "--overwrite_output_dir", *method, *options])
+        gradients.append(watch["gradients"][0])
+        watch["gradients"].clear()
+    outside, none, everywhere = gradients
+    size = none.abs().max().item()
+    torch.testing.assert_close(outside, none, rtol=1e-3, atol=1e-4 * size)
+    assert (everywhere - none).abs().max() > 0.1 * size
+
+
 def test_checkpointing_runs_the_blocks_of_both_networks_again(tiny_args, watch):
     calls = []
     for extra in ([], ["--gradient_checkpointing"]):

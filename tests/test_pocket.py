@@ -1,6 +1,7 @@
 """The committed pocket reference, what the bare command starts from; the pocket world and its truth."""
 
 import colorsys
+import os
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pocket import icons, measure, truth, world
 from pocket.fit import fit, learning_rate, steps_done
 from pocket.reference import caption_states
 from pocket.text import KINDS, said
+from tests.processes import CONTEXT, ranks
 from tests.runs import run
 
 
@@ -56,7 +58,7 @@ def test_the_committed_generator_draws_what_it_is_asked_for(tmp_path):
     images = pipe(prompts, latents=z, output_type="pt").images
     assert images.shape == (64, 3, 48, 48)
     right = load_reward(RewardSpec("pocket_truth"), trained=False).measure(images, prompts)
-    assert right["background"].mean() > 0.8 and right["colour"].mean() > 0.6 and right["noun"].mean() > 0.3
+    assert right["background"].mean() > 0.95 and right["colour"].mean() > 0.85 and right["noun"].mean() > 0.4
 
 
 def test_heldout_prompts_are_new_combinations_of_known_words(tmp_path):
@@ -187,6 +189,39 @@ def test_a_stage_that_was_killed_continues_exactly(tmp_path):
     assert n == 6 and torch.equal(continued, whole)
     again, n = run(tmp_path / "killed")
     assert n == 0 and torch.equal(again, whole)
+
+
+def fit_share(folder, environment):
+    """A stage whose batch the processes share, in one of them; the main one's `line.pt` remains."""
+    os.environ.update(environment)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    network, share = torch.nn.Linear(3, 2), slice(accelerator.process_index, None, accelerator.num_processes)
+
+    def loss_fn(generator):
+        return (network(torch.randn(8, 3, generator=generator)[share]) - 1).square().mean()
+
+    fit("line", [network], loss_fn, steps=6, lr=1e-2, work_dir=folder, accelerator=accelerator, warmup=1, every=6)
+
+
+def test_two_processes_share_a_stage(tmp_path):
+    """They take the steps of one, to rounding."""
+    states = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        processes = [CONTEXT.Process(target=fit_share, args=(folder, environment)) for environment in ranks(n)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+        states.append(torch.load(folder / "line.pt", weights_only=True))
+    for key in ("weight", "bias"):
+        one, two = (state["net"][f"0.{key}"] for state in states)
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+    torch.manual_seed(0)
+    assert (one - torch.nn.Linear(3, 2).bias).abs().max() > 0.01  # 6 steps of 1e-2 are far from the start
 
 
 def test_the_reference_is_measured_beside_real_pictures_on_pairs_shown_and_held_out(tiny_model, tiny_pocket):

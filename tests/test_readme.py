@@ -314,7 +314,7 @@ def test_the_readme_s_prompt_file_needs_no_column():
 
 def test_pocket_is_small_enough():
     files = [p for p in (ROOT / "pocket").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in files) <= 64e6
+    assert sum(p.stat().st_size for p in files) <= 40e6
 
 
 def test_the_pipeline_imports_nothing_of_ours():

@@ -73,7 +73,7 @@ def parse_args(input_args=None):
     if on_pocket and (given.dataset_name or given.train_prompts):  # one's own prompts: judge with those, too
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     if on_pocket and given.heldout_reward is None and args.eval_prompts != parser.get_default("eval_prompts"):
-        args.heldout_reward = ["pocket_heldout"]  # the truth is defined for the pocket's own sentences alone
+        args.heldout_reward = [name for name in args.heldout_reward if name != "pocket_truth"]  # of its sentences only
     if args.hub_token is not None:
         os.environ["HF_TOKEN"] = args.hub_token
     del args.hub_token  # nothing that records the arguments can keep it
