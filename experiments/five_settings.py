@@ -14,25 +14,23 @@ from diff_instruct.evaluation.pictures import image_grid
 
 
 SETTINGS = {
-    f"cfg{cfg}-rew{rew}": f"--cfg_scale {cfg} --reward_scale {rew}"
+    f"({cfg}, {rew})": runs.setting(cfg, rew)
     for cfg, rew in ((1, 0), (1, 1), (4.5, 0), (4.5, 1), (4.5, 10), (2, 0), (2, 10))
 }
-LABELS = {name: f"({name[3:].replace('-rew', ', ')})" for name in SETTINGS}
-# What each ingredient adds, all else equal, and the strongest setting against the start.
+# What each ingredient adds, all else equal, and every setting against the start.
 PAIRS = [
-    ("cfg4.5-rew0", "cfg1-rew0"), ("cfg4.5-rew1", "cfg1-rew1"), ("cfg2-rew0", "cfg1-rew0"),
-    ("cfg1-rew1", "cfg1-rew0"), ("cfg4.5-rew1", "cfg4.5-rew0"), ("cfg4.5-rew10", "cfg4.5-rew0"),
-    ("cfg2-rew10", "cfg2-rew0"),
-    *((name, "before") for name in SETTINGS),
+    ("(4.5, 0)", "(1, 0)"), ("(4.5, 1)", "(1, 1)"), ("(2, 0)", "(1, 0)"),
+    ("(1, 1)", "(1, 0)"), ("(4.5, 1)", "(4.5, 0)"), ("(4.5, 10)", "(4.5, 0)"), ("(2, 10)", "(2, 0)"),
+    *((label, "before") for label in SETTINGS),
 ]  # fmt: skip
 
 
 def main():
     out = Path(__file__).with_suffix("")
     args = runs.parser(__doc__).parse_args()
-    _, pictures, prompts = runs.tables(SETTINGS, PAIRS, LABELS, f"{out}.md", args)
-    runs.curves(SETTINGS, args, LABELS, f"{out}.png")
-    titles = [LABELS.get(name, name).removeprefix("reference, ") for name in pictures]
+    _, pictures, prompts = runs.tables(SETTINGS, PAIRS, f"{out}.md", args)
+    runs.curves(SETTINGS, args, f"{out}.png")
+    titles = [label.removeprefix("reference, ") for label in pictures]
     image_grid(dict(zip(titles, pictures.values())), prompts).save(f"{out}_grid.jpg", quality=85)
 
 

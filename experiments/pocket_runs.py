@@ -1,7 +1,8 @@
 """Runs of the training script side by side on the pocket reference: trained, judged, tabled and drawn.
 
-`five_settings.py` and `five_methods.py` say which runs. Every run starts from the committed one-step generator and
-differs in its arguments and its seed only. Finished runs are kept in the work directory and not made again.
+`five_settings.py`, `five_methods.py` and `one_change.py` say which runs. Every run starts from the committed one-step
+generator and differs in its arguments and its seed only. Finished runs are kept in the work directory under the name
+of their arguments, and are not made again, whichever script asks for them.
 
 They are judged on the pocket's 64 held-out prompts, pairs of noun and colour or background that neither reference nor
 generator nor reward has seen, by the trained reward, by a scorer that nothing is trained on, and by the truth
@@ -11,12 +12,14 @@ generator nor reward has seen, by the trained reward, by a scorer that nothing i
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from queue import Queue
 
@@ -44,9 +47,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 N_IMAGES = 4
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
-COMMON = (  # guidance at all noise levels, as in the papers, whatever the pocket's own defaults
-    "--cfg_interval 0 1 --validation_steps 25 --num_eval_prompts 16 --checkpointing_steps 50 "
-    "--checkpoints_total_limit 1 --logging_steps 5"
+COMMON = (
+    "--validation_steps 25 --num_eval_prompts 16 --logging_steps 5 "
+    "--checkpointing_steps 25 --checkpoints_total_limit 1"
 )
 METRICS = {
     "reward": "`pocket` (trained)",
@@ -59,24 +62,42 @@ METRICS = {
 
 
 def parser(description):
-    """The arguments that both benchmarks take."""
+    """The arguments that all of them take."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--max_train_steps", type=int, default=100, help="generator steps of every run")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--max_train_steps", type=int, default=50, help="generator steps of every run")
+    p.add_argument("--seeds", type=int, default=3, help="of every run; seeds that are there already count, too")
     p.add_argument("--work_dir", default=str(ROOT / "pocket-build" / "runs"), help="where runs are kept")
     p.add_argument("--at_once", type=int, default=usable_cores(), help="runs side by side, one thread each")
     return p
 
 
+def setting(cfg_scale, reward_scale, cfg_interval="0 1", changes=""):
+    """The arguments of (α_cfg, α_rew), guided at all noise levels, as in the papers, unless said otherwise."""
+    guided = f" --cfg_interval {cfg_interval}" if cfg_scale != 1 else ""  # α_cfg 1 is no guidance
+    return f"--cfg_scale {cfg_scale} --reward_scale {reward_scale}{guided} {changes}".rstrip()
+
+
+def folder_of(arguments, args, seed):
+    """Where the run is kept: `--cfg_scale 1 --reward_scale 0` with seed 2 in `cfg_scale-1-reward_scale-0-2`."""
+    name = re.sub(r"[^\w.+*]+", "-", f"{arguments} {seed}").strip("-").replace("*", "star")
+    return Path(args.work_dir) / f"{args.max_train_steps}-steps" / name
+
+
+def finished(arguments, args):
+    """Folders of the runs with these arguments, seed 0 first, be they more than `args.seeds` or fewer."""
+    folders = (folder_of(arguments, args, seed) for seed in count())
+    return list(takewhile(lambda folder: (folder / "training_summary.json").exists(), folders))
+
+
 def train(settings, args):
-    """Train every name: arguments of `settings` with every seed, each run on a core of its own."""
+    """Train the arguments of all `settings` with every seed, each run on a core of its own."""
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = Queue()
     for k in range(args.at_once):
         cores.put(pinned[k % len(pinned)] if pinned else None)
 
-    def one(name, arguments, seed):
-        folder = Path(args.work_dir) / f"{name}-{seed}"
+    def one(arguments, seed):
+        folder = folder_of(arguments, args, seed)
         if not (folder / "training_summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
@@ -92,7 +113,7 @@ def train(settings, args):
             cores.put(core)
         bar.update()
 
-    jobs = [(name, arguments, seed) for seed in range(args.seeds) for name, arguments in settings.items()]
+    jobs = [(arguments, seed) for seed in range(args.seeds) for arguments in settings.values()]
     with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(args.at_once) as pool:
         for job in [pool.submit(one, *job) for job in jobs]:
             job.result()
@@ -112,12 +133,11 @@ class Judge:
         self.shown = self.prompts[:8]
 
     @torch.no_grad()
-    def __call__(self, name, draw):
+    def __call__(self, file, draw):
         """Scores as in `evaluate` and the pictures shown, of `draw(prompts, z)`, which returns pixels in [0, 1]."""
-        file = self.work_dir / f"{name}.safetensors"
         if not file.exists():
             shape, rows = self.before.latent_shape(), []
-            for i, prompt in enumerate(tqdm(self.prompts, desc=name, leave=False)):
+            for i, prompt in enumerate(tqdm(self.prompts, desc=file.parent.name, leave=False)):
                 c = [prompt] * N_IMAGES
                 pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
                 row = judge_images(pixels, c, self.reward, self.heldout)
@@ -143,39 +163,35 @@ def one_step(pipe):
 
 
 def judge_all(settings, args):
-    """Scores by name, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
-    judge = Judge(args.work_dir)
+    """Scores by label, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
+    judge, work_dir = Judge(args.work_dir), Path(args.work_dir)
     scores = {
-        "reference, 1 step": [judge("reference-1", judge.reference(1, 4.5))],
+        "reference, 1 step": [judge(work_dir / "reference-1.safetensors", judge.reference(1, 4.5))],
         **{
-            f"reference, 25 steps, guidance {g}": [judge(f"reference-25-{g}", judge.reference(25, g))]
+            f"reference, 25 steps, guidance {g}": [
+                judge(work_dir / f"reference-25-{g}.safetensors", judge.reference(25, g))
+            ]
             for g in (1.0, BEST_GUIDANCE, 4.5)
         },
-        "before": [judge("before", one_step(judge.before))],
+        "before": [judge(work_dir / "before.safetensors", one_step(judge.before))],
     }
-    for name in settings:
-        scores[name] = []
-        for seed in range(args.seeds):
-            folder = Path(args.work_dir) / f"{name}-{seed}"
+    for label, arguments in settings.items():
+        scores[label] = []
+        for folder in finished(arguments, args):
             pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
-            scores[name].append(judge(f"scores-{name}-{seed}", one_step(pipe)))
-    pictures = {name: rows[0]["pictures"] for name, rows in scores.items()}
-    stacked = {name: {k: torch.stack([row[k] for row in rows]) for k in METRICS} for name, rows in scores.items()}
+            scores[label].append(judge(folder / "scores.safetensors", one_step(pipe)))
+    pictures = {label: rows[0]["pictures"] for label, rows in scores.items()}
+    stacked = {label: {k: torch.stack([row[k] for row in rows]) for k in METRICS} for label, rows in scores.items()}
     return stacked, pictures, judge.shown
 
 
-def tables(settings, pairs, labels, file, args):
+def tables(settings, pairs, file, args):
     """Train, judge, and write and print the tables. Returns scores, pictures and their prompts."""
     started = time.time()
     train(settings, args)
     scores, pictures, prompts = judge_all(settings, args)
-    parts = (
-        means(scores, labels),
-        paired(scores, pairs, labels),
-        *([spreads(scores, labels)] if args.seeds > 1 else []),
-        provenance(settings, args, started),
-    )
-    text = "\n\n".join(parts)
+    parts = (means(scores), paired(scores, pairs, settings), spreads(scores), provenance(settings, args, started))
+    text = "\n\n".join(filter(None, parts))
     Path(file).write_text(text + "\n")
     print(text)
     return scores, pictures, prompts
@@ -192,39 +208,41 @@ def table(first, rows):
     return "\n".join(lines + [f"| {name} | " + " | ".join(map(cell, METRICS)) + " |" for name, cell in rows])
 
 
-def means(scores, labels):
+def means(scores):
     """Means with their 95% intervals over prompts."""
 
     def cell(values, key):
         mean, (low, high) = mean_with_interval(over_prompts(values[key]))
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
-    return table("mean", [(labels.get(name, name), partial(cell, values)) for name, values in scores.items()])
+    return table("mean", [(label, partial(cell, values)) for label, values in scores.items()])
 
 
-def spreads(scores, labels):
-    """The least and the greatest mean among the seeds of training."""
+def spreads(scores):
+    """The least and the greatest mean among the seeds of training, of what has several; or None."""
 
     def cell(values, key):
         seeds = values[key].flatten(1).mean(dim=1)
         return f"{seeds.min():.3f} to {seeds.max():.3f}"
 
-    trained = {name: values for name, values in scores.items() if len(values["reward"]) > 1}
-    return table("seeds", [(labels.get(name, name), partial(cell, values)) for name, values in trained.items()])
+    counts = {label: len(values["reward"]) for label, values in scores.items()}
+    rows = [(f"{label}, {n} seeds", partial(cell, scores[label])) for label, n in counts.items() if n > 1]
+    return table("seeds", rows) if rows else None
 
 
-def paired(scores, pairs, labels):
-    """Paired differences: the same prompts, noise and seeds of training."""
+def paired(scores, pairs, settings):
+    """Paired differences: the same prompts and noise, and of two that were trained the seeds that both have."""
 
-    def cell(one, other, key):
-        mean, (low, high) = mean_with_interval(over_prompts(one[key]) - over_prompts(other[key]))
+    def cell(a, b, key):
+        one, other = scores[a][key], scores[b][key]
+        both = min(len(one), len(other)) if a in settings and b in settings else None
+        mean, (low, high) = mean_with_interval(over_prompts(one[:both]) - over_prompts(other[:both]))
         return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
-    rows = [(f"{labels.get(a, a)} − {labels.get(b, b)}", partial(cell, scores[a], scores[b])) for a, b in pairs]
-    return table("difference", rows)
+    return table("difference", [(f"{a} − {b}", partial(cell, a, b)) for a, b in pairs])
 
 
-def curves(settings, args, labels, file):
+def curves(settings, args, file):
     """What validation saw while training: mean of the seeds, and a band from the least to the greatest."""
     panels = {
         "val_reward": "pocket (trained)",
@@ -233,15 +251,15 @@ def curves(settings, args, labels, file):
         "val_diversity": "diversity",
     }
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    for name in settings:
+    for label, arguments in settings.items():
         runs = []
-        for seed in range(args.seeds):
-            lines = (Path(args.work_dir) / f"{name}-{seed}" / "history.jsonl").read_text().splitlines()
+        for folder in finished(arguments, args):
+            lines = (folder / "history.jsonl").read_text().splitlines()
             runs.append([row for row in map(json.loads, lines) if "val_reward" in row])
         for axis, key in zip(axes, panels):
             values = np.array([[row[key] for row in run] for run in runs])
             steps = [row["step"] for row in runs[0]]
-            (line,) = axis.plot(steps, values.mean(axis=0), marker=".", label=labels.get(name, name))
+            (line,) = axis.plot(steps, values.mean(axis=0), marker=".", label=label)
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
     for axis, title in zip(axes, panels.values()):
         axis.set(title=title, xlabel="generator step")
@@ -254,13 +272,12 @@ def curves(settings, args, labels, file):
 def provenance(settings, args, started):
     """The line under a table: command, steps, date, commit, time."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    summaries = [
-        json.loads(f.read_text()) for name in settings for f in Path(args.work_dir).glob(f"{name}-[0-9]/*summary.json")
-    ]
+    folders = [folder for arguments in settings.values() for folder in finished(arguments, args)]
+    summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in folders]
     minutes = sum(s["seconds"] for s in summaries) / 60
     command = shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return (
         f"`{command}`, {time.strftime('%Y-%m-%d')}, commit {commit.strip()}; {args.max_train_steps} steps, "
-        f"{args.seeds} seeds, torch {torch.__version__}. {(time.time() - started) / 60:.0f} minutes; training alone "
+        f"{len(folders)} runs, torch {torch.__version__}. {(time.time() - started) / 60:.0f} minutes; training alone "
         f"{minutes:.0f} minutes of one core, all runs together."
     )
