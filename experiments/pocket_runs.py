@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -89,6 +90,16 @@ def finished(arguments, args):
     return list(takewhile(lambda folder: (folder / "training_summary.json").exists(), folders))
 
 
+@contextmanager
+def core_of(cores):
+    """A core out of the queue, and back into it."""
+    core = cores.get()
+    try:
+        yield core
+    finally:
+        cores.put(core)
+
+
 def train(settings, args):
     """Train the arguments of all `settings` with every seed, each run on a core of its own."""
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -103,20 +114,21 @@ def train(settings, args):
             command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
             command += ["--max_train_steps", str(args.max_train_steps), *COMMON.split(), *arguments.split()]
             resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
-            core = cores.get()
-            with (folder / "log.txt").open("a") as log:
+            with (folder / "log.txt").open("a") as log, core_of(cores) as core:
                 run = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=log, stderr=log)
                 if core is not None:
                     os.sched_setaffinity(run.pid, {core})
                 if run.wait():
                     raise RuntimeError(f"{shlex.join(command)} failed; see {folder}/log.txt")
-            cores.put(core)
         bar.update()
 
     jobs = [(arguments, seed) for seed in range(args.seeds) for arguments in settings.values()]
     with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(args.at_once) as pool:
-        for job in [pool.submit(one, *job) for job in jobs]:
-            job.result()
+        try:
+            for job in [pool.submit(one, *job) for job in jobs]:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure no more are begun
 
 
 class Judge:

@@ -19,7 +19,7 @@ class Guided(NamedTuple):
 
 
 def stacked(c, null):
-    """The conditioning of twice as many rows: those of c, then those of ∅; fewer tokens are filled up with zeros."""
+    """The conditioning of the rows of c and, after them, of ∅; fewer tokens are filled up with zeros."""
     return {k: pad_sequence([*v, *null[k]], batch_first=True) for k, v in c.items()}
 
 
@@ -65,15 +65,17 @@ class Denoiser:
 
         Args:
             interval: the fractions of the schedule between which guidance acts; elsewhere the estimate for ∅ is that
-                for c (Kynkäänniemi et al., arXiv 2404.07724).
+                for c, and is not asked for (Kynkäänniemi et al., arXiv 2404.07724).
         """
         if cfg_scale == 1:
             cond = self.x0(x_t, t, c)
             return Guided(cond, cond, cond)
-        cond, uncond = self.x0(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(c, null)).chunk(2)
         low, high = (fraction * self.schedule.steps for fraction in interval)
-        acts = ((low <= t) & (t <= high)).view(-1, 1, 1, 1)
-        uncond = torch.where(acts, uncond, cond)
+        acts = ((low <= t) & (t <= high)).nonzero().flatten()
+        c_and_null = stacked(c, {k: v[acts] for k, v in null.items()})
+        both = self.x0(torch.cat([x_t, x_t[acts]]), torch.cat([t, t[acts]]), c_and_null)
+        cond, uncond = both.split([len(t), len(acts)])
+        uncond = cond.index_copy(0, acts, uncond)
         return Guided(cond, uncond, guide(cond, uncond, cfg_scale))
 
     def loss(self, x_t, eps, t, c):
