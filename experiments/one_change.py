@@ -30,8 +30,6 @@ QUESTIONS = {
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
     },
     "training": {
-        "t below 0.6": changed("--max_timestep 0.6"),
-        "t above 0.4": changed("--min_timestep 0.4"),
         "K_TA 3": changed("--ta_steps 3"),
         "TA's rate × 3": changed("--ta_learning_rate 3e-4"),
         "both rates ÷ 3": changed("--learning_rate 3e-5 --ta_learning_rate 3e-5"),
