@@ -1,8 +1,8 @@
 """The paper's five settings of guidance and reward on the pocket reference: `python experiments/five_settings.py`.
 
 (α_cfg, α_rew) = (1, 0), (1, 1), (4.5, 0), (4.5, 1), (4.5, 10), from one pretrained generator, three seeds each; and
-the reference in 1 and in 25 steps. Guidance acts at all noise levels, as in the paper. Writes `five_settings.md` (tables), `five_settings.png` (curves) and
-`five_settings_grid.jpg` beside this file. Diff-Instruct++, arXiv 2410.18881, section 5.
+the reference in 1 and in 25 steps. Guidance acts at all noise levels, as in the paper. Writes `five_settings.md`
+(tables), `five_settings.png` (curves) and `five_settings_grid.jpg` beside this file. Diff-Instruct++, arXiv 2410.18881, section 5.
 """
 
 from pathlib import Path
