@@ -2,7 +2,8 @@
 
 (α_cfg, α_rew) = (1, 0), (1, 1), (4.5, 0), (4.5, 1), (4.5, 10), from one pretrained generator, three seeds each; and
 the reference in 1 and in 25 steps. Guidance acts at all noise levels, as in the paper. Writes `five_settings.md`
-(tables), `five_settings.png` (curves) and `five_settings_grid.jpg` beside this file. Diff-Instruct++, arXiv 2410.18881, section 5.
+(tables), `five_settings.png` (curves) and `five_settings_grid.jpg` beside this file. Diff-Instruct++, arXiv
+2410.18881, section 5.
 """
 
 from pathlib import Path
