@@ -238,7 +238,7 @@ def test_in_a_real_browser():
             first = wait.until(lambda _: source())
             box = browser.find_element(By.CSS_SELECTOR, "#prompt textarea")
             box.clear()
-            box.send_keys("blue heart")
+            box.send_keys("a blue heart on a yellow background")
             wait.until(lambda _: source() and source() != first)
             time.sleep(2)  # the last letter's picture
             assert re.search(r"pocket .* ms", browser.find_element(By.ID, "figures").text)
