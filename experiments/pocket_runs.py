@@ -135,7 +135,7 @@ class Judge:
     """Scores and truth of images of the pocket's held-out prompts."""
 
     def __init__(self, work_dir):
-        args, self.work_dir = parse_args(["--output_dir", work_dir]), Path(work_dir)
+        args = parse_args(["--output_dir", work_dir])
         self.models = models_of(args)
         self.stock = load_reference(self.models, torch.float32)
         self.before = load_generator(self.models, self.stock)
