@@ -1,0 +1,84 @@
+"""The tables of `experiments/`, and that every run they ask for is one that the script accepts."""
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diff_instruct.training.arguments import parse_args
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import five_methods  # noqa: E402
+import five_settings  # noqa: E402
+import one_change  # noqa: E402
+import pocket_runs as runs  # noqa: E402
+
+
+EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTIONS.values()]
+
+
+def test_settings_are_arguments_and_differ(tmp_path):
+    for settings in EXPERIMENTS:
+        parsed = [
+            vars(parse_args([*runs.COMMON.split(), *arguments.split(), "--output_dir", str(tmp_path)]))
+            for arguments in settings.values()
+        ]
+        assert all(parsed.count(p) == 1 for p in parsed)
+    folders = Namespace(work_dir=tmp_path, max_train_steps=50)
+    every = {arguments for settings in EXPERIMENTS for arguments in settings.values()}
+    assert len({runs.folder_of(arguments, folders, 0) for arguments in every}) == len(every)
+
+
+def test_one_run_serves_all_who_ask_for_it():
+    assert one_change.NOTHING["nothing"] == five_methods.SETTINGS["DI++"] == one_change.QUESTIONS["weighting"]["`dmd`"]
+    assert five_settings.SETTINGS["(1, 0)"] == five_methods.SETTINGS["DI"]
+
+
+def test_finished_runs_are_counted_up_to_the_first_gap(tmp_path):
+    args = Namespace(work_dir=tmp_path, max_train_steps=50)
+    for seed in (0, 1, 3):
+        folder = runs.folder_of("--cfg_scale 1", args, seed)
+        folder.mkdir(parents=True)
+        (folder / "training_summary.json").write_text("{}")
+    assert [f.name for f in runs.finished("--cfg_scale 1", args)] == ["cfg_scale-1-0", "cfg_scale-1-1"]
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    """Another seed shifts all by 10: differences between two that were trained leave it out, others keep it."""
+    values = torch.arange(5.0)
+
+    def scores(*shifts):
+        return {key: torch.stack([values + s for s in shifts])[..., None] for key in runs.METRICS}
+
+    found = {"before": scores(0), "a": scores(1, 11), "b": scores(3)}
+    rows = runs.paired(found, [("b", "a"), ("a", "before")], {"a": "", "b": ""}).splitlines()[2:]
+    assert rows[0].startswith("| b − a | +2.000 [+2.000, +2.000] |")
+    assert rows[1].startswith("| a − before | +6.000 [+6.000, +6.000] |")
+    assert "| a, 2 seeds | 3.000 to 13.000 |" in runs.spreads(found)
+
+
+def test_a_run_that_fails_ends_the_experiment(tmp_path, monkeypatch):
+    """Its core is free again, no more are begun, and the message says where to look."""
+    begun = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command, **_):
+            begun.append(command)
+
+        def wait(self):
+            time.sleep(0.2)
+            return 1
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Process)
+    monkeypatch.setattr(runs.os, "sched_setaffinity", lambda *_: None, raising=False)
+    args = Namespace(work_dir=tmp_path, max_train_steps=1, seeds=9, at_once=1)
+    with pytest.raises(RuntimeError, match=r"see .*cfg_scale-1-0/log.txt"):
+        runs.train({"one": "--cfg_scale 1"}, args)
+    assert len(begun) < 9
