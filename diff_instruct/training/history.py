@@ -136,12 +136,15 @@ class History:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+        figure.subplots_adjust(0.045, 0.08, 0.985, 0.95, wspace=0.22, hspace=0.3)  # a layout engine would draw twice
         for axis, (title, keys) in zip(axes.flat, PANELS.items()):
-            logged = sorted({k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)})
+            logged = {k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)}
+            logged = sorted(logged - {"reward_scale"})  # α_rew would dwarf the reward
             for key in logged:
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
                 axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+            if logged:
                 axis.legend()
             axis.set(title=title, xlabel="generator step")
             axis.grid(alpha=0.3)
