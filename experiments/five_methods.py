@@ -1,11 +1,13 @@
 """The family side by side on the pocket reference: `python experiments/five_methods.py`.
 
 DI, SIM, DI++, DI* and DIDR from one pretrained generator with the same number of steps and the same seeds, with the
-(α_cfg, α_rew) of the papers; DIDR's are not public, so they are the preset's. Guidance acts on the lower half of the
-noise levels, as in the first command: at all of them 4.5 is too much for this reference (`five_settings.py`), whatever
-the method. Writes `five_methods.md` (tables) and `five_methods.png` (reward against diversity) beside this file.
+(α_cfg, α_rew) of the papers, and of SIM and DI* with the pocket's own, too; DIDR's are not public. Guidance acts on
+the lower half of the noise levels, as in the first command: at all of them 4.5 is too much for this reference
+(`five_settings.py`), whatever the method. Writes `five_methods.md` (tables, norms of the gradient's terms) and
+`five_methods.png` (reward against diversity) beside this file.
 """
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,10 +17,24 @@ import pocket_runs as runs
 SETTINGS = {
     "DI": runs.setting(1, 0),
     "SIM": f"--preset sim {runs.setting(7.5, 0, '0 0.5')}",
+    "SIM, the pocket's preset": "--preset sim",
     "DI++": runs.setting(4.5, 10, "0 0.5"),
     "DI*": f"--preset di* {runs.setting(7.5, 100, '0 0.5')}",
+    "DI*, the pocket's preset": "--preset di*",
     "DIDR": "--preset didr",
 }
+NORMS = ("norm_divergence", "norm_cfg", "norm_reward")
+
+
+def norms(settings, args, steps=15):
+    """Markdown: how hard each term pulls at x0 in the first steps, the mean over steps and seeds."""
+    lines = ["| gradient's norm | " + " | ".join(f"`{k}`" for k in NORMS) + " |", "|---" * (len(NORMS) + 1) + "|"]
+    for label, arguments in settings.items():
+        files = [folder / "history.jsonl" for folder in runs.finished(arguments, args)]
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        logged = [[row[k] for row in rows if 0 < row["step"] <= steps and k in row] for k in NORMS]
+        lines.append(f"| {label} | " + " | ".join(f"{sum(v) / len(v):.1f}" if v else "" for v in logged) + " |")
+    return "\n".join(lines)
 
 
 def scatter(scores, file):
@@ -42,6 +58,10 @@ def main():
     pairs = [(label, "before") for label in SETTINGS]
     pairs += [("SIM", "DI"), *((label, "DI++") for label in ("DI*", "DIDR"))]
     scores, _, _ = runs.tables(SETTINGS, pairs, f"{out}.md", args)
+    text = norms(SETTINGS, args)
+    print(text)
+    with Path(f"{out}.md").open("a") as file:
+        file.write(f"\n{text}\n")
     scatter({label: values for label, values in scores.items() if "reference" not in label}, f"{out}.png")
 
 
