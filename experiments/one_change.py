@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pocket_runs as runs
+from diffusers import DiffusionPipeline
 
+from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.objectives import WEIGHTINGS
 
 
@@ -43,6 +45,24 @@ QUESTIONS = {
 }
 
 
+def distances(settings, args):
+    """Markdown: how far the pictures are from the real ones, before and after, seed 0."""
+    judge, rows = runs.Judge(args.work_dir), ["| | distance to the real picture | change |", "|---|---|---|"]
+    before = judge.distance(judge.before)
+    rows.append("| before | {:.3f} [{:.3f}, {:.3f}] | |".format(*flat(mean_with_interval(before))))
+    for label, arguments in settings.items():
+        pipe = DiffusionPipeline.from_pretrained(str(runs.folder_of(arguments, args, 0)), trust_remote_code=True)
+        after = judge.distance(pipe)
+        both = *flat(mean_with_interval(after)), *flat(mean_with_interval(after - before))
+        rows.append(f"| {label} " + "| {:.3f} [{:.3f}, {:.3f}] | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*both))
+    return "\n".join(rows)
+
+
+def flat(mean_and_interval):
+    mean, interval = mean_and_interval
+    return mean, *interval
+
+
 def main():
     out = Path(__file__).with_suffix("")
     parser = runs.parser(__doc__)
@@ -53,6 +73,11 @@ def main():
         first, *others = settings
         runs.tables(settings, [(label, first) for label in others], f"{out}_{question}.md", args)
         runs.curves(settings, args, f"{out}_{question}.png")
+        if question == "reward":
+            text = distances(settings, args)
+            print(text)
+            with Path(f"{out}_{question}.md").open("a") as file:
+                file.write(f"\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.judge import judge_images
 from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.pictures import real_pictures
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.sources import models_of
@@ -143,6 +144,7 @@ class Judge:
         self.reward, self.heldout = load_mix(trained, "cpu"), load_scorers(reported, "cpu")
         self.prompts = Path(args.eval_prompts).read_text().splitlines()
         self.shown = self.prompts[:8]
+        self.real = dict(zip(self.prompts, real_pictures(args.validation_images, self.prompts)))
 
     @torch.no_grad()
     def __call__(self, file, draw):
@@ -158,6 +160,20 @@ class Judge:
             pictures = torch.cat([draw([p], fixed_noise(shape, 1000 + i, 1)) for i, p in enumerate(self.shown)])
             save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
         return load_file(file)
+
+    def draw_real(self, prompts, z):
+        """The real picture of each prompt, whatever the noise."""
+        return torch.stack([self.real[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def distance(self, pipe):
+        """Root mean squared difference of a one-step pipeline's pixels in [0, 1] from the real picture's, (P,): no
+        network's opinion. The other icon set's picture counts as different, too, so the level says little."""
+        shape, draw, distances = pipe.latent_shape(), one_step(pipe), []
+        for i, prompt in enumerate(self.prompts):
+            difference = draw([prompt] * N_IMAGES, fixed_noise(shape, i, N_IMAGES)) - self.real[prompt]
+            distances.append(difference.square().flatten(1).mean(dim=1).sqrt().mean())
+        return torch.stack(distances)
 
     def reference(self, steps, guidance):
         """How the reference draws: by its own sampler, or x̂0 at the last timestep if it is one step."""
@@ -178,6 +194,7 @@ def judge_all(settings, args):
     """Scores by label, each stacked over seeds: (S, P, n), (S, P) for diversity; and pictures of seed 0."""
     judge, work_dir = Judge(args.work_dir), Path(args.work_dir)
     scores = {
+        "real pictures": [judge(work_dir / "real.safetensors", judge.draw_real)],
         "reference, 1 step": [judge(work_dir / "reference-1.safetensors", judge.reference(1, 4.5))],
         **{
             f"reference, 25 steps, guidance {g}": [
