@@ -59,6 +59,7 @@ METRICS = {
     "background": "background",
     "colour": "colour",
     "noun": "noun",
+    "truth": "truth, the mean of the three",
     "diversity": "diversity",
 }
 
@@ -155,7 +156,8 @@ class Judge:
                 c = [prompt] * N_IMAGES
                 pixels = draw(c, fixed_noise(shape, i, N_IMAGES))
                 row = judge_images(pixels, c, self.reward, self.heldout)
-                rows.append({**row, **self.heldout["pocket_truth"].measure(pixels, c)})
+                told = self.heldout["pocket_truth"].measure(pixels, c)
+                rows.append({**row, **told, "truth": torch.stack(list(told.values())).nanmean(dim=0)})
             scores = {k: torch.stack([row[k] for row in rows]) for k in METRICS}
             pictures = torch.cat([draw([p], fixed_noise(shape, 1000 + i, 1)) for i, p in enumerate(self.shown)])
             save_file({k: v.contiguous() for k, v in {**scores, "pictures": pictures}.items()}, file)
