@@ -4,7 +4,8 @@ What does guidance of 4.5 do to this reference, and what helps against it? Which
 reward do where nothing holds it? Every run starts from the committed one-step generator with (α_cfg, α_rew) =
 (4.5, 10), guided at the lower half of the noise levels. Weightings are compared twice: with that α_rew, and with a
 reward that pulls as hard as the divergence, since they weigh the divergence differently. `--only` names the questions
-asked. Writes `one_change_<question>.md` and `.png` beside this file; differences are to the first of a question.
+asked. Writes `one_change_<question>.md` and `.png` beside this file, and of the reward's questions how far pictures are
+from the real ones, and a sheet of them; differences are to the first of a question.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 import pocket_runs as runs
 from diffusers import DiffusionPipeline
 
+from diff_instruct.evaluation.pictures import image_grid
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.objectives import WEIGHTINGS
 
@@ -33,6 +35,10 @@ QUESTIONS = {
     "reward": {
         **NOTHING,
         "α_rew 0": runs.setting(4.5, 0, "0 0.5"),
+        "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
+        "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
+    },
+    "brake": {  # for more steps
         "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
     },
@@ -69,15 +75,19 @@ def main():
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="questions asked")
     args = parser.parse_args()
     for question in args.only:
-        settings = QUESTIONS[question]
+        settings, file = QUESTIONS[question], f"{out}_{question}"
+        if args.max_train_steps != parser.get_default("max_train_steps"):
+            file += f"_{args.max_train_steps}"
         first, *others = settings
-        runs.tables(settings, [(label, first) for label in others], f"{out}_{question}.md", args)
-        runs.curves(settings, args, f"{out}_{question}.png")
-        if question == "reward":
+        _, pictures, prompts = runs.tables(settings, [(label, first) for label in others], f"{file}.md", args)
+        runs.curves(settings, args, f"{file}.png")
+        if question in ("reward", "brake"):
             text = distances(settings, args)
             print(text)
-            with Path(f"{out}_{question}.md").open("a") as file:
-                file.write(f"\n{text}\n")
+            with Path(f"{file}.md").open("a") as table:
+                table.write(f"\n{text}\n")
+            columns = {label: pictures[label] for label in ("real pictures", "before", *settings)}
+            image_grid(columns, prompts).save(f"{file}_grid.jpg", quality=85)
 
 
 if __name__ == "__main__":
