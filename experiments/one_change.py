@@ -26,7 +26,6 @@ QUESTIONS = {
     "guidance": {
         **NOTHING,
         "α_cfg 1": runs.setting(1, 10),
-        "α_cfg 2": runs.setting(2, 10, "0 0.5"),
         "4.5 at all noise levels": runs.setting(4.5, 10),
         "4.5 at high noise alone": runs.setting(4.5, 10, "0.5 1"),
     },
@@ -87,6 +86,7 @@ def main():
             with Path(f"{file}.md").open("a") as table:
                 table.write(f"\n{text}\n")
             columns = {label: pictures[label] for label in ("real pictures", "before", *settings)}
+            columns = {label.replace("α_rew", "reward scale"): images for label, images in columns.items()}
             image_grid(columns, prompts).save(f"{file}_grid.jpg", quality=85)
 
 
