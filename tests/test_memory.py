@@ -84,7 +84,10 @@ def test_a_tensor_of_another_shape_is_not_written(adapted, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"]],
+    [
+        ["--cfg_interval", 0, 0.5],
+        ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"],
+    ],
 )
 def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     """The TA's phase on the loaded actors, counted while it runs, against what is said before anything is loaded."""

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from argparse import Namespace
 from contextlib import nullcontext
 from functools import partial
 
@@ -176,6 +177,7 @@ def activations(args, models, mixed_precision, algorithm):
         algorithm: (Batch, ta_loss, generator_gradient) of the training script.
     """
     Batch, ta_loss, generator_gradient = algorithm
+    args = Namespace(**{**vars(args), "cfg_interval": (0.0, 1.0)})  # the most: guidance acts on every row
     half = mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext

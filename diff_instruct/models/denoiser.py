@@ -70,8 +70,11 @@ class Denoiser:
         if cfg_scale == 1:
             cond = self.x0(x_t, t, c)
             return Guided(cond, cond, cond)
-        low, high = (fraction * self.schedule.steps for fraction in interval)
-        acts = ((low <= t) & (t <= high)).nonzero().flatten()
+        if tuple(interval) == (0, 1):
+            acts = torch.arange(len(t), device=t.device)  # without a look at t, which a GPU would have to wait for
+        else:
+            low, high = (fraction * self.schedule.steps for fraction in interval)
+            acts = ((low <= t) & (t <= high)).nonzero().flatten()
         c_and_null = stacked(c, {k: v[acts] for k, v in null.items()})
         both = self.x0(torch.cat([x_t, x_t[acts]]), torch.cat([t, t[acts]]), c_and_null)
         cond, uncond = both.split([len(t), len(acts)])
