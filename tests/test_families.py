@@ -287,7 +287,7 @@ def test_adapters_are_few(family_args, family):
 
 
 @pytest.mark.parametrize("preset", ["di*", "didr"])
-@pytest.mark.parametrize("family", ["pixart", "sd", "sdxl"])
+@pytest.mark.parametrize("family", ["pixart", "sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_every_method_in_every_family(family_args, tmp_path, family, preset):
     """bfloat16, checkpointing and LoRA on both networks at once: it runs, and every gradient has a size."""
     options = ["--preset", preset, "--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing"]
