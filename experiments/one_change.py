@@ -64,6 +64,7 @@ def distances(settings, args):
 
 
 def flat(mean_and_interval):
+    """(mean, low, high) of (mean, [low, high])."""
     mean, interval = mean_and_interval
     return mean, *interval
 
