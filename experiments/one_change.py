@@ -46,6 +46,7 @@ QUESTIONS = {
         "K_TA 3": changed("--ta_steps 3"),
         "TA's rate × 3": changed("--ta_learning_rate 3e-4"),
         "both rates ÷ 3": changed("--learning_rate 3e-5 --ta_learning_rate 3e-5"),
+        "no average": changed("--no-use_ema"),
     },
 }
 
