@@ -26,6 +26,7 @@ QUESTIONS = {
     "guidance": {
         **NOTHING,
         "α_cfg 1": runs.setting(1, 10),
+        "2 at all noise levels": runs.setting(2, 10),
         "4.5 at all noise levels": runs.setting(4.5, 10),
         "4.5 at high noise alone": runs.setting(4.5, 10, "0.5 1"),
     },
@@ -47,6 +48,7 @@ QUESTIONS = {
         "TA's rate × 3": changed("--ta_learning_rate 3e-4"),
         "both rates ÷ 3": changed("--learning_rate 3e-5 --ta_learning_rate 3e-5"),
         "no average": changed("--no-use_ema"),
+        "π(t) up to 0.5": changed("--max_timestep 0.5"),
     },
 }
 

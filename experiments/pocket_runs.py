@@ -104,17 +104,30 @@ def core_of(cores):
 
 def train(settings, args):
     """Train the arguments of all `settings` with every seed, each run on a core of its own."""
+    common = f"--max_train_steps {args.max_train_steps} {COMMON}"
+    jobs = {
+        folder_of(arguments, args, seed): f"--seed {seed} {common} {arguments}"
+        for seed in range(args.seeds)
+        for arguments in settings.values()
+    }
+    train_in(jobs, args.at_once)
+
+
+def train_in(jobs, at_once):
+    """The training script with the arguments of every folder in `jobs`, unless it has finished there.
+
+    Raises:
+        RuntimeError: if a run fails; no more are begun then.
+    """
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = Queue()
-    for k in range(args.at_once):
+    for k in range(at_once):
         cores.put(pinned[k % len(pinned)] if pinned else None)
 
-    def one(arguments, seed):
-        folder = folder_of(arguments, args, seed)
+    def one(folder, arguments):
         if not (folder / "training_summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), "--seed", str(seed)]
-            command += ["--max_train_steps", str(args.max_train_steps), *COMMON.split(), *arguments.split()]
+            command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), *arguments.split()]
             resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
             with (folder / "log.txt").open("a") as log, core_of(cores) as core:
                 run = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=log, stderr=log)
@@ -124,10 +137,9 @@ def train(settings, args):
                     raise RuntimeError(f"{shlex.join(command)} failed; see {folder}/log.txt")
         bar.update()
 
-    jobs = [(arguments, seed) for seed in range(args.seeds) for arguments in settings.values()]
-    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(args.at_once) as pool:
+    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(at_once) as pool:
         try:
-            for job in [pool.submit(one, *job) for job in jobs]:
+            for job in [pool.submit(one, *job) for job in jobs.items()]:
                 job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure no more are begun

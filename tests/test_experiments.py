@@ -17,9 +17,11 @@ import five_methods  # noqa: E402
 import five_settings  # noqa: E402
 import one_change  # noqa: E402
 import pocket_runs as runs  # noqa: E402
+import timesteps  # noqa: E402
 
 
-EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTIONS.values()]
+AT_625 = timesteps.settings_of(625, Namespace(work_dir="runs"))
+EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTIONS.values(), AT_625]
 
 
 def test_settings_are_arguments_and_differ(tmp_path):
@@ -32,6 +34,15 @@ def test_settings_are_arguments_and_differ(tmp_path):
     folders = Namespace(work_dir=tmp_path, max_train_steps=50)
     every = {arguments for settings in EXPERIMENTS for arguments in settings.values()}
     assert len({runs.folder_of(arguments, folders, 0) for arguments in every}) == len(every)
+
+
+def test_timesteps_start_as_the_committed_generator_but_at_another():
+    stated, ours = (
+        vars(parse_args([*command.split(), "--output_dir", "runs"]))
+        for command in (timesteps.GENERATOR_COMMAND, f"{timesteps.PRETRAIN} --timestep 400")
+    )
+    changed = {k for k in stated if stated[k] != ours[k]}
+    assert changed == {"timestep", "pretrain_steps", "checkpoints_total_limit"}
 
 
 def test_one_run_serves_all_who_ask_for_it():

@@ -1,0 +1,59 @@
+"""The timestep t* at which the generator looks, on the pocket reference: `python experiments/timesteps.py`.
+
+One-step generators are pretrained at t* = 400, 625 and 800 of 1,000 by the command of the committed one, for 200 steps
+instead of 600. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels and at
+all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as in
+`pocket_runs`. Writes `timesteps.md` beside this file.
+"""
+
+from pathlib import Path
+
+import pocket_runs as runs
+import torch
+from diffusers import DiffusionPipeline
+
+from pocket.build import GENERATOR_COMMAND
+
+
+TIMESTEPS = (400, 625, 800)
+PRETRAIN = f"{GENERATOR_COMMAND} --pretrain_steps 200 --checkpoints_total_limit 1"
+GUIDED = {"4.5 at the lower half": "0 0.5", "4.5 at all levels": "0 1"}
+
+
+def start_of(t, args):
+    """Where the generator that was pretrained at t* is."""
+    return Path(args.work_dir) / "pretrained" / f"timestep-{t}"
+
+
+def settings_of(t, args):
+    """{how it is guided: arguments} of its alignments."""
+    start = f"--pretrained_generator_name_or_path {start_of(t, args)}"
+    return {label: runs.setting(4.5, 10, interval, start) for label, interval in GUIDED.items()}
+
+
+def main():
+    args = runs.parser(__doc__).parse_args()
+    args.work_dir = str(Path(args.work_dir).resolve())
+    runs.train_in({start_of(t, args): f"{PRETRAIN} --timestep {t}" for t in TIMESTEPS}, args.at_once)
+    for t in TIMESTEPS:
+        runs.train(settings_of(t, args), args)
+    judge, scores, differences = runs.Judge(args.work_dir), {}, []
+
+    def judged(folders):
+        pipes = [(f, DiffusionPipeline.from_pretrained(str(f), trust_remote_code=True)) for f in folders]
+        rows = [judge(f / "scores.safetensors", runs.one_step(pipe)) for f, pipe in pipes]
+        return {k: torch.stack([row[k] for row in rows]) for k in runs.METRICS}
+
+    for t in TIMESTEPS:
+        before = f"t* {t}, pretrained"
+        scores[before] = judged([start_of(t, args)])
+        for label, arguments in settings_of(t, args).items():
+            scores[f"t* {t}, {label}"] = judged(runs.finished(arguments, args))
+            differences.append((f"t* {t}, {label}", before))
+    text = "\n\n".join(filter(None, (runs.means(scores), runs.paired(scores, differences, {}), runs.spreads(scores))))
+    Path(__file__).with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
