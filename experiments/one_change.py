@@ -1,8 +1,8 @@
 """The first command with one thing changed at a time, on the pocket reference: `python experiments/one_change.py`.
 
-What does guidance of 4.5 do to this reference, and what helps against it? Which `--weighting` is best? What does the
-reward do where nothing holds it? Every run starts from the committed one-step generator with (α_cfg, α_rew) =
-(4.5, 10), guided at the lower half of the noise levels. Weightings are compared twice: with that α_rew, and with a
+What does guidance of 4.5 do to this reference? Which of the suspects is why it harms at all noise levels? Which
+`--weighting` is best? What does the reward do where nothing holds it? Every run starts from the committed one-step
+generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels unless said otherwise. Weightings are compared twice: with that α_rew, and with a
 reward that pulls as hard as the divergence, since they weigh the divergence differently. `--only` names the questions
 asked. Writes `one_change_<question>.md` and `.png` beside this file, and for the reward's questions how far pictures
 are from the real ones, and a sheet of them. Differences are to the first of a question.
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pocket_runs as runs
+import torch
 from diffusers import DiffusionPipeline
 
 from diff_instruct.evaluation.pictures import image_grid
@@ -20,20 +21,19 @@ from diff_instruct.objectives import WEIGHTINGS
 
 
 changed = partial(runs.setting, 4.5, 10, "0 0.5")
-NOTHING = {"nothing": changed()}
 BALANCED = "--cfg_scale 4.5 --cfg_interval 0 0.5 --reward_ratio 1 --reward_ratio_steps 5"
 QUESTIONS = {
     "guidance": {
-        **NOTHING,
-        "α_cfg 1": runs.setting(1, 10),
-        "2 at all noise levels": runs.setting(2, 10),
-        "4.5 at all noise levels": runs.setting(4.5, 10),
-        "4.5 at high noise alone": runs.setting(4.5, 10, "0.5 1"),
+        "4.5 at the lower half (the first command's)": changed(),
+        "none (α_cfg 1)": runs.setting(1, 10),
+        "2 at all levels": runs.setting(2, 10),
+        "4.5 at all levels": runs.setting(4.5, 10),
+        "4.5 at the upper half": runs.setting(4.5, 10, "0.5 1"),
     },
     "weighting": {f"`{name}`": changed("" if name == "dmd" else f"--weighting {name}") for name in WEIGHTINGS},
     "balanced": {f"`{name}`": f"{BALANCED} --weighting {name}" for name in WEIGHTINGS},
     "reward": {
-        **NOTHING,
+        "α_rew 10": changed(),
         "α_rew 0": runs.setting(4.5, 0, "0 0.5"),
         "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
@@ -42,25 +42,28 @@ QUESTIONS = {
         "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
     },
-    "training": {
-        **NOTHING,
-        "K_TA 3": changed("--ta_steps 3"),
-        "TA's rate × 3": changed("--ta_learning_rate 3e-4"),
-        "both rates ÷ 3": changed("--learning_rate 3e-5 --ta_learning_rate 3e-5"),
-        "no average": changed("--no-use_ema"),
-        "π(t) up to 0.5": changed("--max_timestep 0.5"),
+    "suspects": {
+        "4.5 at all levels": runs.setting(4.5, 10),
+        "at the lower half": changed(),
+        "π(t) up to 0.5": runs.setting(4.5, 10, changes="--max_timestep 0.5"),
+        "`eps`": runs.setting(4.5, 10, changes="--weighting eps"),
+        "K_TA 3": runs.setting(4.5, 10, changes="--ta_steps 3"),
+        "the TA's rate × 3": runs.setting(4.5, 10, changes="--ta_learning_rate 3e-4"),
+        "both rates ÷ 3": runs.setting(4.5, 10, changes="--learning_rate 3e-5 --ta_learning_rate 3e-5"),
+        "no average": runs.setting(4.5, 10, changes="--no-use_ema"),
     },
 }
 
 
 def distances(settings, args):
-    """Markdown: how far the pictures are from the real ones, before and after, seed 0."""
+    """Markdown: how far the pictures are from the real ones, before and after, the mean over seeds."""
     judge, rows = runs.Judge(args.work_dir), ["| | distance to the real picture | change |", "|---|---|---|"]
     before = judge.distance(judge.before)
     rows.append("| before | {:.3f} [{:.3f}, {:.3f}] | |".format(*flat(mean_with_interval(before))))
     for label, arguments in settings.items():
-        pipe = DiffusionPipeline.from_pretrained(str(runs.folder_of(arguments, args, 0)), trust_remote_code=True)
-        after = judge.distance(pipe)
+        folders = runs.finished(arguments, args)
+        pipes = (DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True) for folder in folders)
+        after = torch.stack([judge.distance(pipe) for pipe in pipes]).mean(dim=0)
         both = *flat(mean_with_interval(after)), *flat(mean_with_interval(after - before))
         rows.append(f"| {label} " + "| {:.3f} [{:.3f}, {:.3f}] | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*both))
     return "\n".join(rows)

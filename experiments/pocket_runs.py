@@ -62,6 +62,7 @@ METRICS = {
     "truth": "truth, the mean of the three",
     "diversity": "diversity",
 }
+GAINED = ("reward", "heldout", "noun", "truth", "diversity")  # background and colour are right nearly always
 
 
 def parser(description):
@@ -233,7 +234,8 @@ def tables(settings, pairs, file, args):
     started = time.time()
     train(settings, args)
     scores, pictures, prompts = judge_all(settings, args)
-    parts = (means(scores), paired(scores, pairs, settings), spreads(scores), provenance(settings, args, started))
+    parts = [means(scores), gains(scores, settings), paired(scores, pairs, settings), spreads(scores)]
+    parts.append(provenance(settings, args, started))
     text = "\n\n".join(filter(None, parts))
     Path(file).write_text(text + "\n")
     print(text)
@@ -245,10 +247,11 @@ def over_prompts(values):
     return values.double().mean(dim=0)
 
 
-def table(first, rows):
+def table(first, rows, metrics=METRICS):
     """Markdown: a column for each metric; rows of (name, function from a metric to its cell)."""
-    lines = [f"| {first} | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(map(cell, METRICS)) + " |" for name, cell in rows])
+    lines = [f"| {first} | " + " | ".join(METRICS[k] for k in metrics) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    return "\n".join(lines + [f"| {name} | " + " | ".join(map(cell, metrics)) + " |" for name, cell in rows])
 
 
 def means(scores):
@@ -269,18 +272,29 @@ def spreads(scores):
         return f"{seeds.min():.3f} to {seeds.max():.3f}"
 
     counts = {label: len(values["reward"]) for label, values in scores.items()}
-    rows = [(f"{label}, {n} seeds", partial(cell, scores[label])) for label, n in counts.items() if n > 1]
-    return table("seeds", rows) if rows else None
+    rows = [(f"{label} | {n}", partial(cell, scores[label])) for label, n in counts.items() if n > 1]
+    return table("least and greatest | seeds", rows) if rows else None
+
+
+def difference(one, other, key):
+    """Paired, (S, P) or (S, P, n) of both: the same prompts and the same noise."""
+    mean, (low, high) = mean_with_interval(over_prompts(one[key]) - over_prompts(other[key]))
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def gains(scores, settings, start="before"):
+    """Differences of what was trained to what it started from."""
+    rows = [(f"{label} | {len(scores[label]['reward'])}", scores[label]) for label in settings]
+    cells = [(name, partial(difference, values, scores[start])) for name, values in rows]
+    return table("gain | seeds", cells, GAINED)
 
 
 def paired(scores, pairs, settings):
-    """Paired differences: the same prompts and noise, and of two that were trained the seeds that both have."""
+    """Differences of two labels each; of two that were trained, over the seeds that both have."""
 
     def cell(a, b, key):
-        one, other = scores[a][key], scores[b][key]
-        both = min(len(one), len(other)) if a in settings and b in settings else None
-        mean, (low, high) = mean_with_interval(over_prompts(one[:both]) - over_prompts(other[:both]))
-        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        both = min(len(scores[a][key]), len(scores[b][key])) if a in settings and b in settings else None
+        return difference({key: scores[a][key][:both]}, {key: scores[b][key][:both]}, key)
 
     return table("difference", [(f"{a} − {b}", partial(cell, a, b)) for a, b in pairs])
 

@@ -37,7 +37,7 @@ def main():
     runs.train_in({start_of(t, args): f"{PRETRAIN} --timestep {t}" for t in TIMESTEPS}, args.at_once)
     for t in TIMESTEPS:
         runs.train(settings_of(t, args), args)
-    judge, scores, differences = runs.Judge(args.work_dir), {}, []
+    judge, scores, gains = runs.Judge(args.work_dir), {}, []
 
     def judged(folders):
         pipes = [(f, DiffusionPipeline.from_pretrained(str(f), trust_remote_code=True)) for f in folders]
@@ -46,11 +46,11 @@ def main():
 
     for t in TIMESTEPS:
         before = f"t* {t}, pretrained"
+        aligned = {f"t* {t}, {label}": arguments for label, arguments in settings_of(t, args).items()}
         scores[before] = judged([start_of(t, args)])
-        for label, arguments in settings_of(t, args).items():
-            scores[f"t* {t}, {label}"] = judged(runs.finished(arguments, args))
-            differences.append((f"t* {t}, {label}", before))
-    text = "\n\n".join(filter(None, (runs.means(scores), runs.paired(scores, differences, {}), runs.spreads(scores))))
+        scores |= {label: judged(runs.finished(arguments, args)) for label, arguments in aligned.items()}
+        gains.append(runs.gains(scores, aligned, before))
+    text = "\n\n".join(filter(None, [runs.means(scores), *gains, runs.spreads(scores)]))
     Path(__file__).with_suffix(".md").write_text(text + "\n")
     print(text)
 

@@ -46,7 +46,8 @@ def test_timesteps_start_as_the_committed_generator_but_at_another():
 
 
 def test_one_run_serves_all_who_ask_for_it():
-    assert one_change.NOTHING["nothing"] == five_methods.SETTINGS["DI++"] == one_change.QUESTIONS["weighting"]["`dmd`"]
+    q = one_change.QUESTIONS
+    assert q["suspects"]["at the lower half"] == five_methods.SETTINGS["DI++"] == q["weighting"]["`dmd`"]
     assert five_settings.SETTINGS["(1, 0)"] == five_methods.SETTINGS["DI"]
 
 
@@ -70,7 +71,7 @@ def test_differences_are_of_the_seeds_that_both_have():
     rows = runs.paired(found, [("b", "a"), ("a", "before")], {"a": "", "b": ""}).splitlines()[2:]
     assert rows[0].startswith("| b − a | +2.000 [+2.000, +2.000] |")
     assert rows[1].startswith("| a − before | +6.000 [+6.000, +6.000] |")
-    assert "| a, 2 seeds | 3.000 to 13.000 |" in runs.spreads(found)
+    assert "| a | 2 | 3.000 to 13.000 |" in runs.spreads(found)
 
 
 def test_a_run_that_fails_ends_the_experiment(tmp_path, monkeypatch):
