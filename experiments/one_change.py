@@ -2,10 +2,11 @@
 
 What does guidance of 4.5 do to this reference? Which of the suspects is why it harms at all noise levels? Which
 `--weighting` is best? What does the reward do where nothing holds it? Every run starts from the committed one-step
-generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels unless said otherwise. Weightings are compared twice: with that α_rew, and with a
-reward that pulls as hard as the divergence, since they weigh the divergence differently. `--only` names the questions
-asked. Writes `one_change_<question>.md` and `.png` beside this file, and for the reward's questions how far pictures
-are from the real ones, and a sheet of them. Differences are to the first of a question.
+generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels unless said otherwise.
+Weightings are compared twice: with that α_rew, and with a reward that pulls as hard as the divergence, since they
+weigh the divergence differently. `--only` names the questions asked. Writes `one_change_<question>.md` and `.png`
+beside this file, and for the reward's questions how far pictures are from the real ones, and a sheet of them.
+Differences are to the first of a question.
 """
 
 from functools import partial
