@@ -12,6 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pocket_runs as runs
+from pocket_judge import METRICS
+from pocket_tables import tables
 
 
 SETTINGS = {
@@ -45,7 +47,7 @@ def scatter(scores, file):
             x, y = (scores[label][k].flatten(1).mean(dim=1) for k in ("diversity", key))
             dots = axis.scatter(x, y, s=18, alpha=0.5)
             axis.scatter(x.mean(), y.mean(), marker="x", s=60, color=dots.get_facecolor()[0, :3], label=label)
-        axis.set(xlabel="diversity within a prompt", ylabel=runs.METRICS[key].replace("`", ""))
+        axis.set(xlabel="diversity within a prompt", ylabel=METRICS[key].replace("`", ""))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=80)
@@ -56,7 +58,7 @@ def main():
     out = Path(__file__).with_suffix("")
     args = runs.parser(__doc__).parse_args()
     pairs = [("SIM", "DI"), *((label, "DI++") for label in ("DI*", "DIDR"))]
-    scores, _, _ = runs.tables(SETTINGS, pairs, f"{out}.md", args)
+    scores, _, _ = tables(SETTINGS, pairs, f"{out}.md", args)
     text = norms(SETTINGS, args)
     print(text)
     with Path(f"{out}.md").open("a") as file:

@@ -9,6 +9,7 @@ the reference in 1 and in 25 steps. Guidance acts at all noise levels, as in the
 from pathlib import Path
 
 import pocket_runs as runs
+from pocket_tables import curves, tables
 
 from diff_instruct.evaluation.pictures import image_grid
 
@@ -24,8 +25,8 @@ PAIRS = [
 def main():
     out = Path(__file__).with_suffix("")
     args = runs.parser(__doc__).parse_args()
-    _, pictures, prompts = runs.tables(SETTINGS, PAIRS, f"{out}.md", args)
-    runs.curves(SETTINGS, args, f"{out}.png")
+    _, pictures, prompts = tables(SETTINGS, PAIRS, f"{out}.md", args)
+    curves(SETTINGS, args, f"{out}.png")
     titles = [label.removeprefix("reference, ") for label in pictures]
     image_grid(dict(zip(titles, pictures.values())), prompts).save(f"{out}_grid.jpg", quality=85)
 

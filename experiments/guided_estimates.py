@@ -9,7 +9,7 @@ is decoded. Writes `guided_estimates.md` (table) and `guided_estimates.jpg` (pic
 from pathlib import Path
 
 import torch
-from pocket_runs import Judge
+from pocket_judge import Judge
 from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.pictures import image_grid

@@ -15,6 +15,8 @@ from pathlib import Path
 import pocket_runs as runs
 import torch
 from diffusers import DiffusionPipeline
+from pocket_judge import Judge
+from pocket_tables import curves, tables
 
 from diff_instruct.evaluation.pictures import image_grid
 from diff_instruct.evaluation.statistics import mean_with_interval
@@ -34,8 +36,8 @@ QUESTIONS = {
     "weighting": {f"`{name}`": changed("" if name == "dmd" else f"--weighting {name}") for name in WEIGHTINGS},
     "balanced": {f"`{name}`": f"{BALANCED} --weighting {name}" for name in WEIGHTINGS},
     "reward": {
-        "α_rew 10": changed(),
         "α_rew 0": runs.setting(4.5, 0, "0 0.5"),
+        "α_rew 10": changed(),
         "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
     },
@@ -58,7 +60,7 @@ QUESTIONS = {
 
 def distances(settings, args):
     """Markdown: how far the pictures are from the real ones, before and after, the mean over seeds."""
-    judge, rows = runs.Judge(args.work_dir), ["| | distance to the real picture | change |", "|---|---|---|"]
+    judge, rows = Judge(args.work_dir), ["| | distance to the real picture | change |", "|---|---|---|"]
     before = judge.distance(judge.before)
     rows.append("| before | {:.3f} [{:.3f}, {:.3f}] | |".format(*flat(mean_with_interval(before))))
     for label, arguments in settings.items():
@@ -86,8 +88,8 @@ def main():
         if args.max_train_steps != parser.get_default("max_train_steps"):
             file += f"_{args.max_train_steps}"
         first, *others = settings
-        _, pictures, prompts = runs.tables(settings, [(label, first) for label in others], f"{file}.md", args)
-        runs.curves(settings, args, f"{file}.png")
+        _, pictures, prompts = tables(settings, [(label, first) for label in others], f"{file}.md", args)
+        curves(settings, args, f"{file}.png")
         if question in ("reward", "brake"):
             text = distances(settings, args)
             print(text)

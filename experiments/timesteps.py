@@ -3,14 +3,14 @@
 One-step generators are pretrained at t* = 400, 625 and 800 of 1,000 by the command of the committed one, for 200 steps
 instead of 600. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels and at
 all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as in
-`pocket_runs`. Writes `timesteps.md` beside this file.
+`pocket_judge`. Writes `timesteps.md` beside this file.
 """
 
 from pathlib import Path
 
 import pocket_runs as runs
-import torch
-from diffusers import DiffusionPipeline
+import pocket_tables as tables
+from pocket_judge import Judge, stacked
 
 from pocket.build import GENERATOR_COMMAND
 
@@ -37,20 +37,14 @@ def main():
     runs.train_in({start_of(t, args): f"{PRETRAIN} --timestep {t}" for t in TIMESTEPS}, args.at_once)
     for t in TIMESTEPS:
         runs.train(settings_of(t, args), args)
-    judge, scores, gains = runs.Judge(args.work_dir), {}, []
-
-    def judged(folders):
-        pipes = [(f, DiffusionPipeline.from_pretrained(str(f), trust_remote_code=True)) for f in folders]
-        rows = [judge(f / "scores.safetensors", runs.one_step(pipe)) for f, pipe in pipes]
-        return {k: torch.stack([row[k] for row in rows]) for k in runs.METRICS}
-
+    judge, scores, gains = Judge(args.work_dir), {}, []
     for t in TIMESTEPS:
         before = f"t* {t}, pretrained"
         aligned = {f"t* {t}, {label}": arguments for label, arguments in settings_of(t, args).items()}
-        scores[before] = judged([start_of(t, args)])
-        scores |= {label: judged(runs.finished(arguments, args)) for label, arguments in aligned.items()}
-        gains.append(runs.gains(scores, aligned, before))
-    text = "\n\n".join(filter(None, [runs.means(scores), *gains, runs.spreads(scores)]))
+        scores[before] = stacked(judge.runs([start_of(t, args)]))
+        scores |= {k: stacked(judge.runs(runs.finished(arguments, args))) for k, arguments in aligned.items()}
+        gains.append(tables.gains(scores, aligned, before))
+    text = "\n\n".join(filter(None, [tables.means(scores), *gains, tables.spreads(scores)]))
     Path(__file__).with_suffix(".md").write_text(text + "\n")
     print(text)
 

@@ -11,12 +11,14 @@ import torch
 from diff_instruct.training.arguments import parse_args
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
 
 import five_methods  # noqa: E402
 import five_settings  # noqa: E402
 import one_change  # noqa: E402
 import pocket_runs as runs  # noqa: E402
+import pocket_tables as tables  # noqa: E402
 import timesteps  # noqa: E402
 
 
@@ -65,13 +67,14 @@ def test_differences_are_of_the_seeds_that_both_have():
     values = torch.arange(5.0)
 
     def scores(*shifts):
-        return {key: torch.stack([values + s for s in shifts])[..., None] for key in runs.METRICS}
+        return {key: torch.stack([values + s for s in shifts])[..., None] for key in tables.METRICS}
 
     found = {"before": scores(0), "a": scores(1, 11), "b": scores(3)}
-    rows = runs.paired(found, [("b", "a"), ("a", "before")], {"a": "", "b": ""}).splitlines()[2:]
+    rows = tables.paired(found, [("b", "a"), ("a", "before")], {"a": "", "b": ""}).splitlines()[2:]
     assert rows[0].startswith("| b − a | +2.000 [+2.000, +2.000] |")
     assert rows[1].startswith("| a − before | +6.000 [+6.000, +6.000] |")
-    assert "| a | 2 | 3.000 to 13.000 |" in runs.spreads(found)
+    assert tables.gains(found, ["a"]).splitlines()[2].startswith("| a | 2 | +6.000 [+6.000, +6.000] |")
+    assert "| a | 2 | 3.000 to 13.000 |" in tables.spreads(found)
 
 
 def test_a_run_that_fails_ends_the_experiment(tmp_path, monkeypatch):
