@@ -1,6 +1,6 @@
 """The timestep t* at which the generator looks, on the pocket reference: `python experiments/timesteps.py`.
 
-One-step generators are pretrained at t* = 400, 625 and 800 of 1,000 by the command of the committed one, for 200 steps
+One-step generators are pretrained at t* = 400 and 625 of 1,000 by the command of the committed one, for 200 steps
 instead of 600. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels and at
 all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as in
 `pocket_judge`. Writes `timesteps.md` beside this file.
@@ -15,7 +15,7 @@ from pocket_judge import Judge, stacked
 from pocket.build import GENERATOR_COMMAND
 
 
-TIMESTEPS = (400, 625, 800)
+TIMESTEPS = (400, 625)
 PRETRAIN = f"{GENERATOR_COMMAND} --pretrain_steps 200 --checkpoints_total_limit 1"
 GUIDED = {"4.5 at the lower half": "0 0.5", "4.5 at all levels": "0 1"}
 
