@@ -54,6 +54,8 @@ QUESTIONS = {
         "the TA's rate × 3": runs.setting(4.5, 10, changes="--ta_learning_rate 3e-4"),
         "both rates ÷ 3": runs.setting(4.5, 10, changes="--learning_rate 3e-5 --ta_learning_rate 3e-5"),
         "no average": runs.setting(4.5, 10, changes="--no-use_ema"),
+        "α_rew 0": runs.setting(4.5, 0),
+        "`eps`, α_rew 0": runs.setting(4.5, 0, changes="--weighting eps"),
     },
 }
 
