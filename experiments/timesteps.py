@@ -6,6 +6,7 @@ all of them. Does an earlier t* keep more diversity, and does it bear guidance a
 `pocket_judge`. Writes `timesteps.md` beside this file.
 """
 
+import time
 from pathlib import Path
 
 import pocket_runs as runs
@@ -32,19 +33,21 @@ def settings_of(t, args):
 
 
 def main():
-    args = runs.parser(__doc__).parse_args()
+    started, args = time.time(), runs.parser(__doc__).parse_args()
     args.work_dir = str(Path(args.work_dir).resolve())
     runs.train_in({start_of(t, args): f"{PRETRAIN} --timestep {t}" for t in TIMESTEPS}, args.at_once)
     for t in TIMESTEPS:
         runs.train(settings_of(t, args), args)
-    judge, scores, gains = Judge(args.work_dir), {}, []
+    judge, scores, gains, every = Judge(args.work_dir), {}, [], {}
     for t in TIMESTEPS:
         before = f"t* {t}, pretrained"
         aligned = {f"t* {t}, {label}": arguments for label, arguments in settings_of(t, args).items()}
         scores[before] = stacked(judge.runs([start_of(t, args)]))
         scores |= {k: stacked(judge.runs(runs.finished(arguments, args))) for k, arguments in aligned.items()}
         gains.append(tables.gains(scores, aligned, before))
-    text = "\n\n".join(filter(None, [tables.means(scores), *gains, tables.spreads(scores)]))
+        every |= aligned
+    parts = [tables.means(scores), *gains, tables.spreads(scores), tables.provenance(every, args, started)]
+    text = "\n\n".join(filter(None, parts))
     Path(__file__).with_suffix(".md").write_text(text + "\n")
     print(text)
 
