@@ -57,7 +57,7 @@ def scatter(scores, file):
 def main():
     out = Path(__file__).with_suffix("")
     args = runs.parser(__doc__).parse_args()
-    pairs = [("SIM", "DI"), *((label, "DI++") for label in ("DI*", "DIDR"))]
+    pairs = [("SIM", "DI"), ("DI*", "DI"), *((label, "DI++") for label in ("DI*", "DIDR"))]
     scores, _, _ = tables(SETTINGS, pairs, f"{out}.md", args)
     text = norms(SETTINGS, args)
     print(text)
