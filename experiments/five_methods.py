@@ -41,7 +41,7 @@ def norms(settings, args, steps=15):
 
 def scatter(scores, file):
     """Reward, held-out scorer and diversity: a point for each seed, a cross for their mean."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
     for axis, key in zip(axes, ("reward", "heldout")):
         for label in scores:
             x, y = (scores[label][k].flatten(1).mean(dim=1) for k in ("diversity", key))
@@ -49,7 +49,7 @@ def scatter(scores, file):
             axis.scatter(x.mean(), y.mean(), marker="x", s=60, color=dots.get_facecolor()[0, :3], label=label)
         axis.set(xlabel="diversity within a prompt", ylabel=METRICS[key].replace("`", ""))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(file, dpi=80)
     plt.close(figure)
 
@@ -63,7 +63,7 @@ def main():
     print(text)
     with Path(f"{out}.md").open("a") as file:
         file.write(f"\n{text}\n")
-    scatter({label: values for label, values in scores.items() if "reference" not in label}, f"{out}.png")
+    scatter({label: scores[label] for label in ("before", *SETTINGS)}, f"{out}.png")
 
 
 if __name__ == "__main__":
