@@ -97,3 +97,17 @@ def test_a_run_that_fails_ends_the_experiment(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"see .*cfg_scale-1-0/log.txt"):
         runs.train({"one": "--cfg_scale 1"}, args)
     assert len(begun) < 9
+
+
+def rows_of(page):
+    """The figures of every table row: its cells but the first."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    rows = {tuple(cell.strip() for cell in line.split("|")[2:]) for line in lines}
+    return {row for row in rows if any(letter.isdigit() for cell in row for letter in cell)}
+
+
+def test_tables_of_the_page_are_what_the_scripts_wrote():
+    """The first command's is in the README, too."""
+    written = set().union(*map(rows_of, (*ROOT.glob("experiments/*.md"), ROOT / "README.md")))
+    quoted = rows_of(ROOT / "docs" / "experiments.md")
+    assert quoted and not quoted - written
