@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pocket_runs as runs
 import torch
-from diffusers import DiffusionPipeline
-from pocket_judge import Judge
+from pocket_judge import Judge, pipelines
 from pocket_tables import curves, tables
 
 from diff_instruct.evaluation.pictures import image_grid
@@ -66,8 +65,7 @@ def distances(settings, args):
     before = judge.distance(judge.before)
     rows.append("| before | {:.3f} [{:.3f}, {:.3f}] | |".format(*flat(mean_with_interval(before))))
     for label, arguments in settings.items():
-        folders = runs.finished(arguments, args)
-        pipes = (DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True) for folder in folders)
+        pipes = pipelines(runs.finished(arguments, args))
         after = torch.stack([judge.distance(pipe) for pipe in pipes]).mean(dim=0)
         both = *flat(mean_with_interval(after)), *flat(mean_with_interval(after - before))
         rows.append(f"| {label} " + "| {:.3f} [{:.3f}, {:.3f}] | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*both))

@@ -68,8 +68,7 @@ class Judge:
 
     def runs(self, folders):
         """Scores and pictures of each run, kept beside it."""
-        pipes = ((f, DiffusionPipeline.from_pretrained(str(f), trust_remote_code=True)) for f in folders)
-        return [self(folder / "scores.safetensors", one_step(pipe)) for folder, pipe in pipes]
+        return [self(f / "scores.safetensors", one_step(pipe)) for f, pipe in zip(folders, pipelines(folders))]
 
     def draw_real(self, prompts, z):
         """The real picture of each prompt, whatever the noise."""
@@ -93,6 +92,11 @@ class Judge:
                 stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
             )
         return lambda prompts, z: self.models.family.sample(stock, prompts, z, steps, guidance, (side, side))
+
+
+def pipelines(folders):
+    """The exported pipelines of these runs, one after the other."""
+    return (DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True) for folder in folders)
 
 
 def one_step(pipe):

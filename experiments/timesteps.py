@@ -1,9 +1,9 @@
 """The timestep t* at which the generator looks, on the pocket reference: `python experiments/timesteps.py`.
 
 One-step generators are pretrained at t* = 400 and 625 of 1,000 by the command of the committed one, for 200 steps
-instead of 600. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels and at
-all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as in
-`pocket_judge`. Writes `timesteps.md` beside this file.
+instead of 600, one seed each. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise
+levels and at all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as
+in `pocket_judge`. Writes `timesteps.md` beside this file.
 """
 
 import time

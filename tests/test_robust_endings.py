@@ -184,8 +184,11 @@ def small_disk(tmp_path):
     folder.mkdir()
     as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     mount = [*as_root, "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if shutil.which(mount[0]) is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a small file system can only be mounted by root")
+    if shutil.which(mount[0]) is None:
+        pytest.skip(f"a small file system needs {mount[0]}, which is not here")
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"a small file system can only be mounted with root's rights: {done.stderr.strip()}")
     yield folder
     subprocess.run([*as_root, "umount", "--lazy", str(folder)], check=True)
 
