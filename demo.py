@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from diff_instruct.command_line import Parser, positive_int, whole
 from diff_instruct.evaluation.candidates import Contender, check, load
 from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
-from diff_instruct.export.space import write_space
+from diff_instruct.export.space import check_folder, write_space
+from diff_instruct.files import NotWritten, check_apart
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.rewards.loading import load_scorers
-from diff_instruct.rewards.specs import read_scorers
+from diff_instruct.rewards.specs import files_of, read_scorers
 from diff_instruct.training.environment import use_cores
 
 
@@ -74,7 +76,15 @@ def check_args(args):
         args.reward, args.heldout_reward = args.reward or ["pocket"], args.heldout_reward or ["pocket_heldout"]
         args.examples = EXAMPLES if args.examples is None else args.examples
     args.reward, args.heldout_reward = args.reward or [], args.heldout_reward or []
-    return read_scorers([*args.reward, *args.heldout_reward], args.reward_checkpoint)
+    scorers = read_scorers([*args.reward, *args.heldout_reward], args.reward_checkpoint)
+    if args.export_space:
+        shown = [Contender.parse(f"model={entry}") for entry in (args.model, args.before) if entry]
+        inputs = [("the model", path) for contender in shown for path in (contender.path, contender.base)]
+        inputs += [("--gallery", path) for path in args.gallery] + files_of(scorers, args.reward_checkpoint)
+        kept = [("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
+        check_apart([("--export_space", args.export_space)], inputs, kept)
+        check_folder(args.export_space)
+    return scorers
 
 
 def load_model(name, entry, args, device):
@@ -177,3 +187,5 @@ if __name__ == "__main__":
         main(build_parser().parse_args())
     except Mistake as error:
         sys.exit(f"error: {error}")
+    except NotWritten as error:
+        sys.exit(f"error: the Space could not be written: {error}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,11 +26,12 @@ from diff_instruct.evaluation.noise import noise_and_generators
 from diff_instruct.evaluation.pictures import from_picture, image_grid
 from diff_instruct.evaluation.prompt_sets import DEFAULT_NUMBER, PROMPT_SETS, RULES, load_prompt_set, spread
 from diff_instruct.evaluation.report import markdown, report
-from diff_instruct.evaluation.store import Batches, fingerprint, remember, write_whole
+from diff_instruct.evaluation.store import Batches, fingerprint, remember
+from diff_instruct.files import NotWritten, check_apart, whole, write_text
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.loading import load_scorers
-from diff_instruct.rewards.specs import NAMES, read_scorers
+from diff_instruct.rewards.specs import NAMES, files_of, read_scorers
 from diff_instruct.training.environment import use_cores
 
 
@@ -108,8 +110,17 @@ def parse_models(args):
     contenders = {c.name: c for c in contenders}
     if args.baseline is not None and args.baseline not in contenders:
         raise Mistake(f"--baseline {args.baseline}: no model of this name; there are {', '.join(contenders)}")
+    check_output_dir(args, contenders)
     known = {name: check(c, args.resolution, args.cache_dir, args.trust_remote_code) for name, c in contenders.items()}
     return contenders, known
+
+
+def check_output_dir(args, contenders):
+    """Raises Mistake if `--output_dir` is, holds or lies in something that is evaluated or that scores."""
+    inputs = [(f"--models {c.name}", path) for c in contenders.values() for path in (c.path, c.base)]
+    inputs += [("--prompts", args.prompts), ("--dataset_name", args.dataset_name)]
+    inputs += files_of(read_scorers(args.rewards, args.reward_checkpoint), args.reward_checkpoint)
+    check_apart([("--output_dir", args.output_dir)], inputs, [("--cache_dir", args.cache_dir or HF_HUB_CACHE)])
 
 
 def settings(args, prompts, dtype, device):
@@ -153,7 +164,8 @@ def save_pictures(pixels, places, n, folder, rows):
     """`<place>-<image>.png`: all of a batch, or only the first one of those prompts whose places are in `rows`."""
     for k, image in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))):
         if rows is None or (places[k // n] in rows and k % n == 0):
-            image.save(folder / f"{places[k // n]:05d}-{k % n}.png")
+            with whole(folder / f"{places[k // n]:05d}-{k % n}.png") as aside:
+                image.save(aside, "PNG")
 
 
 def grid(folders, rows, prompts):
@@ -217,9 +229,10 @@ def main(args):
     if accelerator.is_main_process:
         kept = {name: b.read() for name, b in batches.items()}
         result = report(args, contenders, kept, prompts, device)
-        write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
-        write_whole(folder / "evaluation.md", markdown(result))
-        grid(pictures, rows, prompts).save(folder / "evaluation.png")
+        write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        write_text(folder / "evaluation.md", markdown(result))
+        with whole(folder / "evaluation.png") as aside:
+            grid(pictures, rows, prompts).save(aside, "PNG")
         print(markdown(result))
     accelerator.wait_for_everyone()  # no process leaves while another still writes
     accelerator.end_training()
@@ -230,3 +243,5 @@ if __name__ == "__main__":
         main(build_parser().parse_args())
     except Mistake as error:
         sys.exit(f"error: {error}")
+    except NotWritten as error:
+        sys.exit(f"error: a file could not be written: {error}; make room, and give the same command again")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import save_file
 
 from diff_instruct.command_line import Parser
@@ -21,6 +22,7 @@ from diff_instruct.export.card import LORA_WEIGHTS
 from diff_instruct.export.kohya import kohya_lora
 from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
 from diff_instruct.export.stock import stock_pipeline
+from diff_instruct.files import NotWritten, check_apart, whole, whole_folder, write_text
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.sources import read_index
 
@@ -77,7 +79,8 @@ def write(pipe, path, folder, name, kinds, prompt):
 
     def weights(suffix, state):
         state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in state.items()}
-        save_file(state, folder / f"{name}{suffix}.safetensors", metadata={"format": "pt"})
+        with whole(folder / f"{name}{suffix}.safetensors") as aside:
+            save_file(state, aside, metadata={"format": "pt"})
         written.append(f"{name}{suffix}.safetensors")
 
     if "single_file" in kinds:
@@ -90,17 +93,20 @@ def write(pipe, path, folder, name, kinds, prompt):
     if "lora" in kinds:
         weights("_lora", kohya_lora(Path(path) / LORA_WEIGHTS))
     if "workflow" in kinds:
-        (folder / f"{name}_workflow.json").write_text(json.dumps(workflow(pipe, name, prompt), indent=2) + "\n")
+        write_text(folder / f"{name}_workflow.json", json.dumps(workflow(pipe, name, prompt), indent=2) + "\n")
         written.append(f"{name}_workflow.json")
     if "diffusers" in kinds:
-        stock_pipeline(pipe).save_pretrained(folder / f"{name}_diffusers")
+        with whole_folder(folder / f"{name}_diffusers") as aside:
+            stock_pipeline(pipe).save_pretrained(aside)
         written.append(f"{name}_diffusers")
     page = f"# Where {name} runs\n\nWritten: {', '.join(written)}.\n\n{where_it_runs(pipe, name, prompt)}\n"
-    (folder / f"{name}_apps.md").write_text(page)
+    write_text(folder / f"{name}_apps.md", page)
     return [*written, f"{name}_apps.md"]
 
 
 def main(args):
+    kept = [("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
+    check_apart([("the folder", args.folder)], [("the export", args.export)], kept)
     pipe = load_export(args.export, args.trust_remote_code, args.cache_dir, torch.float16)
     possible = can_write(pipe, args.export)
     for kind in args.write or ():
@@ -116,6 +122,9 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(build_parser().parse_args())
+        args = build_parser().parse_args()
+        main(args)
     except Mistake as error:
         sys.exit(f"error: {error}")
+    except NotWritten as error:
+        sys.exit(f"error: a file in {args.folder} could not be written: {error}")

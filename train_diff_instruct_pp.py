@@ -23,6 +23,7 @@ from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, i
 from diff_instruct.evaluation.statistics import compare
 from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, save_generator, upload
+from diff_instruct.files import whole
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.sources import models_of
@@ -44,7 +45,7 @@ from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from diff_instruct.training.ema import ema_decay
-from diff_instruct.training.endings import run_to_the_end, writing, writing_export
+from diff_instruct.training.endings import run_to_the_end, writing_export
 from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import Averages, History, Speed, log_images
 from diff_instruct.training.interrupts import Interrupts
@@ -228,8 +229,8 @@ def main(args):
         scores, pictures = judge(reward, heldout)
         heldout_scores = [float(v[:WHILE_TRAINING].mean()) for k, v in scores.items() if k == "heldout"]
         if is_main:
-            with writing():
-                save_file({"pictures": pictures.cpu(), **scores}, before_file)
+            with whole(before_file) as aside:
+                save_file({"pictures": pictures.cpu(), **scores}, aside)
             history.log(accelerator, 0, {f"val_{k}": float(v[:WHILE_TRAINING].mean()) for k, v in scores.items()})
 
     # 6. Algorithm 1. At negative steps the TA alone warms up.
@@ -322,10 +323,10 @@ def main(args):
         columns |= {"generator before": before.pop("pictures"), "generator after": pictures}
         sheet = image_grid(columns, validation_prompts, measured(heldout, columns, validation_prompts))
         summary = {**compare(before, scores), **summary}
-        with theta.averaged(), writing_export(args):
-            sheet.save(Path(args.output_dir) / "samples.png")
-            history.plot(Path(args.output_dir) / "curves.png")
-            export(args, models, pipe, summary, validation_prompts, pictures, license)
+        with theta.averaged(), writing_export(args) as folder:
+            sheet.save(folder / "samples.png")
+            history.plot(folder / "curves.png")
+            export(args, models, pipe, summary, validation_prompts, pictures, license, folder)
         report(args, summary)
     else:
         with theta.averaged():

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, T5EncoderModel, T5Tokenizer
 
 from diff_instruct.evaluation.pictures import picture
+from diff_instruct.files import check_apart
 from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.training.checkpoints import list_checkpoints
 from pocket import icons, measure, world
@@ -167,6 +168,7 @@ def main():
         "--mixed_precision", choices=("no", "bf16"), default="no", help="bf16 where the processor computes in it"
     )
     args = parser.parse_args()
+    check_apart([("--work_dir", args.work_dir)], [("the pocket", HERE)])
     work_dir, accelerator = Path(args.work_dir), Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1 and args.stage != ["reference"]:
         parser.error("several processes share `--stage reference` alone, after the stages before it")

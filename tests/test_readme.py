@@ -246,7 +246,7 @@ def test_presets_are_as_the_page_says():
     choices = next(action.choices for action in build_parser()._actions if action.dest == "preset")
     assert [preset for preset, _ in rows] == list(choices)
     for preset, flags in rows:
-        common = ["--train_prompts", __file__, "--reward", "pocket", "--output_dir", "/tmp"]
+        common = ["--train_prompts", __file__, "--reward", "pocket", "--output_dir", "not-made"]
         common += ["--pretrained_model_name_or_path", "any"]
         assert parse_args([*common, "--preset", preset]) == parse_args(
             [*common, *shlex.split(flags), "--preset", preset]
@@ -298,7 +298,7 @@ def test_the_bare_command_uses_the_pocket_reference(tmp_path):
 def test_ones_own_prompts_replace_the_pocket_s(tmp_path):
     prompts = tmp_path / "mine.txt"
     prompts.write_text("fire\n")
-    args = parse_args(["--train_prompts", str(prompts), "--output_dir", str(tmp_path)])
+    args = parse_args(["--train_prompts", str(prompts), "--output_dir", str(tmp_path / "out")])
     assert args.train_prompts == str(prompts) and args.eval_prompts is None
     assert args.heldout_reward == ["pocket_heldout"]  # the truth measures sentences of the pocket only
 

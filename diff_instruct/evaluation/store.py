@@ -1,9 +1,10 @@
 """What an evaluation keeps on disk while it runs: its settings, and a file for each batch that is finished."""
 
 import json
-import os
+import re
 from pathlib import Path
 
+from diff_instruct.files import write_text
 from diff_instruct.mistake import Mistake
 
 
@@ -13,7 +14,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 def fingerprint(path):
     """[bytes, newest change] of a local file, or of the weights in a folder, to notice that it is another one.
 
-    None if it is not local. Other files in a folder do not count: the evaluation itself may be written there.
+    None if it is not local. Other files in a folder do not count: a model's card may be written anew.
     """
     path = Path(path)
     if not path.exists():
@@ -21,13 +22,6 @@ def fingerprint(path):
     files = [f for f in path.rglob("*") if f.suffix in WEIGHTS] if path.is_dir() else [path]
     stats = [f.stat() for f in files]
     return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
-
-
-def write_whole(file, text):
-    """Write a file so that it is there with all of its text or not at all, even if the process is killed."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def remember(folder, settings, models):
@@ -41,6 +35,8 @@ def remember(folder, settings, models):
         Mistake: if a setting or a known model has changed since.
     """
     file = Path(folder) / "settings.json"
+    if file.is_file() and not re.match(r'\{\s*"settings"', file.read_text()):
+        raise Mistake(f"{folder} holds a settings.json that no evaluation wrote: take another --output_dir")
     now, known = json.loads(json.dumps(settings)), {}  # tuples as lists, as they come back
     if file.is_file() and any(Path(folder).glob("scores/*/*.json")):
         before = json.loads(file.read_text())
@@ -52,7 +48,7 @@ def remember(folder, settings, models):
                 f"{folder} holds an evaluation with other settings ({', '.join(changed)}): take another --output_dir, "
                 "or delete it"
             )
-    write_whole(file, json.dumps({"settings": now, "models": {**known, **models}}, indent=2) + "\n")
+    write_text(file, json.dumps({"settings": now, "models": {**known, **models}}, indent=2) + "\n")
 
 
 class Batches:
@@ -71,7 +67,7 @@ class Batches:
         return [i for i, file in enumerate(self.files) if not file.is_file()]
 
     def write(self, i, batch):
-        write_whole(self.files[i], json.dumps(batch) + "\n")
+        write_text(self.files[i], json.dumps(batch) + "\n")
 
     def read(self):
         """All batches, in order."""

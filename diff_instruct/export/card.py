@@ -128,16 +128,17 @@ def eval_results(args, summary, today):
     return entries
 
 
-def write_card(args, pipe, summary, family, prompts, license):
+def write_card(args, pipe, summary, family, prompts, license, folder):
     """Fill `model_card_template.md` with what was measured, and write `.eval_results`; returns the card.
 
     Args:
         prompts: those of the pictures in `images/`.
         license (`dict`): from `base_license`.
+        folder: where the export is written.
     """
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
-    folder, stock_class, prompt = Path(args.output_dir), family.stock, prompts[0]
-    lora, name = (folder / LORA_WEIGHTS).is_file(), folder.resolve().name
+    stock_class, prompt, name = family.stock, prompts[0], Path(args.output_dir).resolve().name
+    lora = (folder / LORA_WEIGHTS).is_file()
     entries = eval_results(args, summary, date.today().isoformat())
     if entries:
         (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)

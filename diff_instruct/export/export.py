@@ -62,8 +62,8 @@ def save_part(models, pipe, name, folder):
         part.save_pretrained(folder)
 
 
-def export(args, models, pipe, summary, prompts, pictures, license=None):
-    """Save the pipeline, as `pipe.save_pretrained` lays it out, card and `training_summary.json` in `--output_dir`.
+def export(args, models, pipe, summary, prompts, pictures, license, folder):
+    """Save the pipeline, as `pipe.save_pretrained` lays it out, card and `training_summary.json`.
 
     With `--lora_rank` what is written is the merged network; the pipeline itself stays as it is. While the main
     process calls this, the others call `save_generator`.
@@ -71,11 +71,11 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
     Args:
         prompts, pictures (`torch.Tensor`, (B, 3, H, W) in [0, 1]): what the generator drew, for the card.
         license (`dict`): from `base_license`.
+        folder: an empty one, in which nothing lies that the pipeline still reads; see `whole_folder`.
 
     Returns:
         The card.
     """
-    folder = Path(args.output_dir)
     save_generator(args, models, pipe, folder)
     for name, part in pipe.components.items():
         if part is not None and name != models.denoiser:
@@ -86,7 +86,7 @@ def export(args, models, pipe, summary, prompts, pictures, license=None):
     (folder / "images").mkdir(exist_ok=True)
     for i, image in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.clamp(0, 1)))):
         image.save(folder / "images" / f"{i}.png")
-    return write_card(args, pipe, summary, models.family, prompts, license or {})
+    return write_card(args, pipe, summary, models.family, prompts, license or {}, folder)
 
 
 def forget_folders(files):

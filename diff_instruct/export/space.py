@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from diff_instruct.export import page
+from diff_instruct.files import NEW, PARTIAL, whole_folder
+from diff_instruct.mistake import Mistake
 
 
 GRADIO = "6.31.0"  # with which the page is tested
@@ -55,18 +57,26 @@ suggested_hardware: {hardware}
 """
 
 
+def check_folder(folder):
+    """Raises Mistake if a Space would be written over what is none, such as a project with its own README.md."""
+    app, folder = Path(folder) / "app.py", Path(folder)
+    begun = any((folder / name).exists() for name in (NEW, PARTIAL))
+    if not (begun or app.is_file() and app.read_text().startswith(APP.partition("{")[0])):
+        for name in ("app.py", "page.py", "README.md", "requirements.txt", "model"):
+            if (folder / name).exists():
+                raise Mistake(
+                    f"--export_space {folder} holds {name}, which is of no Space of ours: take another folder"
+                )
+
+
 def write_space(folder, title, text, examples, pipe=None, hub_model=None, zero_gpu=False, license=None):
-    """Write the Space to a folder.
+    """Write the Space to a folder, whole or not at all.
 
     Args:
         pipe ([`OneStepPipeline`], *optional*): written to `model/` in the Space; or
         hub_model (*optional*): the model's id on the Hub, which the Space loads.
         zero_gpu: for ZeroGPU hardware: half precision, and a GPU for the time of a call; else it runs on the CPU.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if hub_model is None:
-        pipe.save_pretrained(folder / "model")
     hardware = "zero-a10g" if zero_gpu else "cpu-basic"
     extra = f"license: {license}\n" if license else ""
     if hub_model is not None:
@@ -83,11 +93,14 @@ def write_space(folder, title, text, examples, pipe=None, hub_model=None, zero_g
         text=repr(text),
         examples=repr(list(examples)),
     )
-    (folder / "app.py").write_text(app)
-    shutil.copyfile(page.__file__, folder / "page.py")
     packages = ["torch", "diffusers", "transformers", "accelerate", "safetensors"]
     needs = [f"{name}=={version(name).partition('+')[0]}" for name in packages] + ["sentencepiece", "protobuf"]
-    (folder / "requirements.txt").write_text("\n".join([*needs, *(["spaces"] if zero_gpu else [])]) + "\n")
     head = {"title": json.dumps(title), "text": text, "gradio": GRADIO, "hardware": hardware}
     card = CARD.format(**head, extra=extra, short="A one-step text-to-image generator")
-    (folder / "README.md").write_text(card.replace(f"# {json.dumps(title)}", f"# {title}"))
+    with whole_folder(folder) as aside:
+        if hub_model is None:
+            pipe.save_pretrained(aside / "model")
+        shutil.copyfile(page.__file__, aside / "page.py")
+        (aside / "app.py").write_text(app)
+        (aside / "requirements.txt").write_text("\n".join([*needs, *(["spaces"] if zero_gpu else [])]) + "\n")
+        (aside / "README.md").write_text(card.replace(f"# {json.dumps(title)}", f"# {title}"))

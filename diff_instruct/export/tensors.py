@@ -8,6 +8,7 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from diff_instruct.files import whole as whole_file
 from diff_instruct.models.sharding import whole
 
 
@@ -27,7 +28,7 @@ def write_tensors(path, like, tensors):
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with whole_file(path) as aside, open(aside, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, expected in zip(tensors, like.values(), strict=True):
             if tensor.shape != expected.shape:

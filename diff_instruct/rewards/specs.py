@@ -83,6 +83,17 @@ def read_rewards(args):
     return trained, heldout
 
 
+def files_of(specs, reward_checkpoint):
+    """The user's own files that rewards are made of, as pairs (what the command line calls it, path).
+
+    Args:
+        specs: [`RewardSpec`] each.
+        reward_checkpoint: the entries of `--reward_checkpoint`, or None.
+    """
+    own = [("the reward's file", spec.file) for spec in specs if spec.file]
+    return own + [(f"--reward_checkpoint {name}", path) for name, path in read_checkpoints(reward_checkpoint).items()]
+
+
 def read_scorers(names, reward_checkpoint):
     """A tuple of [`RewardSpec`], of the evaluation script's `--rewards` and `--reward_checkpoint`. Raises as
     `read_rewards`."""

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diff_instruct.export.tensors import write_files
+from diff_instruct.files import NotWritten, flush, writing
 from diff_instruct.mistake import Mistake
-from diff_instruct.training.endings import NotWritten, writing
 from diff_instruct.training.record import arguments_of, prompts_of
 
 
@@ -198,15 +198,6 @@ def fails_anywhere(accelerator, why):
     """Whether any process has a reason; all wait for it, and get the same answer."""
     failed = torch.tensor(float(why is not None), device=accelerator.device)
     return accelerator.reduce(failed, "sum").item() > 0
-
-
-def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def put_in_place(partial, final):

@@ -1,13 +1,13 @@
 """How a run ends that does not finish: one line on stderr and an exit code for each reason (docs/robustness.md)."""
 
 import copy
-import errno
 import sys
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError
 
+from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS
+from diff_instruct.files import NotWritten, whole_folder
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.memory_plan import GIB, plan
 from diff_instruct.models.sources import models_of
@@ -35,38 +35,17 @@ class Ending(RuntimeError):
         return type(self)(self.code, f"{self} after step {step}; {how}: go on with --resume_from_checkpoint latest")
 
 
-class NotWritten(OSError):
-    """A file could not be written: `str` says in a few words why."""
-
-
-@contextmanager
-def writing():
-    """Within: what safetensors, torch and Python raise if a file cannot be written becomes [`NotWritten`]."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise NotWritten(str(error)) from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise NotWritten("the disk is full, or another error of writing in torch.save") from error
-    except NotWritten:
-        raise
-    except OSError as error:
-        why = error.strerror or str(error).split("\n")[0]
-        raise NotWritten("no space left on the disk" if error.errno == errno.ENOSPC else why) from error
-
-
 @contextmanager
 def writing_export(args):
-    """Within: the run is done, and what is lost by an error of writing is only the export.
+    """Within: the folder to export to, whose files take their places in `--output_dir` at the end, see
+    [`whole_folder`]. The run is done, and what is lost by an error of writing is only the export.
 
     Raises:
         Ending: with how to export again.
     """
     try:
-        with writing():
-            yield
+        with whole_folder(args.output_dir, optional=(LORA_WEIGHTS, EVAL_RESULTS)) as folder:
+            yield folder
     except NotWritten as error:
         how = "with --resume_from_checkpoint latest and the same arguments, which trains no further"
         line = f"the export in {args.output_dir} could not be written: {error}; make room, and export again {how}"

@@ -1,7 +1,6 @@
 """The history of a run: figures, curves, and pictures for the trackers."""
 
 import json
-import os
 import time
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 
 from diff_instruct.evaluation.cost import peak_gib
+from diff_instruct.files import NotWritten, write_text, writing
 from diff_instruct.training.alerts import Alerts, send
-from diff_instruct.training.endings import NotWritten, writing
 
 
 PANELS = {
@@ -93,10 +92,8 @@ class History:
         self.alerts = Alerts()
         for row in self.rows:  # what was told before is not told again
             self.alerts(row["step"], row)
-        aside, self.unsaved = self.path.with_name("history.partial"), ""
-        with writing():
-            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            os.replace(aside, self.path)
+        self.unsaved = ""
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.size = self.path.stat().st_size
 
     def log(self, accelerator, step, figures):

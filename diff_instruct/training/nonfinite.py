@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from diff_instruct.files import write_text
 from diff_instruct.training.endings import NOT_FINITE, Ending
 
 
@@ -56,7 +57,7 @@ class NonFinite:
         if self.accelerator.is_main_process:
             prompts = [prompt for _, of_process in seen for prompt in of_process]
             bad = {"step": step + 1, "network": trained.name, "not_finite": causes, "prompts": prompts}
-            self.file.write_text(json.dumps(bad, indent=2, ensure_ascii=False) + "\n")
+            write_text(self.file, json.dumps(bad, indent=2, ensure_ascii=False) + "\n")
         self.accelerator.wait_for_everyone()
         raise Ending(
             NOT_FINITE,

@@ -4,11 +4,20 @@ import os
 import shutil
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from diff_instruct.export.card import LORA_WEIGHTS
+from diff_instruct.files import INDEX, NEW, PARTIAL, check_apart
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.sources import Lora
+from diff_instruct.rewards.specs import files_of, read_rewards
 from diff_instruct.training.checkpoints import list_checkpoints
 
 
 SUMMARY = "training_summary.json"  # what a finished run leaves last
+OF_A_RUN = (SUMMARY, "history.jsonl", NEW, PARTIAL)  # one of them shows that a run of the script has written there
+EXPORTED = (INDEX, LORA_WEIGHTS, "transformer", "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "README.md",
+            "*.png", "images")  # fmt: skip
 
 
 def resumes_there(args):
@@ -23,8 +32,33 @@ def resumes_there(args):
     return Path(wanted).resolve() in checkpoints or (folder / wanted).resolve() in checkpoints
 
 
+def inputs_of(args):
+    """All that the run reads of the user's, as pairs (argument, path or Hub id or None)."""
+    names = "pretrained_model_name_or_path pretrained_generator_name_or_path pretrained_vae_model_name_or_path"
+    names += " reward_decoder train_prompts eval_prompts validation_images dataset_name"
+    inputs = [(f"--{name}", getattr(args, name)) for name in names.split()]
+    lora = args.reference_lora and Lora.parse(args.reference_lora).path
+    return [*inputs, ("--reference_lora", lora), *files_of(sum(read_rewards(args), ()), args.reward_checkpoint)]
+
+
+def check_inputs_stay(args):
+    """Raises Mistake if something would be written where an input lies, or over what no run has written."""
+    folder = Path(args.output_dir)
+    logs, cache = ("--logging_dir", folder / args.logging_dir), ("--prompt_cache", args.prompt_cache)
+    kept = [cache, ("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
+    if not resumes_there(args):
+        kept.append(("--resume_from_checkpoint", args.resume_from_checkpoint))
+    check_apart([("--output_dir", folder), logs, cache], inputs_of(args), kept)
+    if not list_checkpoints(folder) and not any((folder / name).exists() for name in OF_A_RUN):
+        found = next((path.name for pattern in EXPORTED for path in sorted(folder.glob(pattern))), None)
+        if found:
+            raise Mistake(
+                f"--output_dir {folder} holds {found}, which no run of this script wrote: take another folder"
+            )
+
+
 def check_output_dir(args):
-    """Whether `--output_dir` can be made and written to, and is free. Writes nothing.
+    """Whether `--output_dir` can be made and written to, is no input, and is free. Writes nothing.
 
     A folder is taken if it holds a finished run or checkpoints, unless `--resume_from_checkpoint` goes on from one of
     these, `--overwrite_output_dir` is given, or nothing is trained (`--dry_run`).
@@ -38,6 +72,7 @@ def check_output_dir(args):
         raise Mistake(f"--output_dir {folder} cannot be made: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Mistake(f"--output_dir {folder} is not writable: {there} belongs to someone else")
+    check_inputs_stay(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise Mistake("--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them")
     if args.overwrite_output_dir or args.dry_run or resumes_there(args):

@@ -3,7 +3,7 @@
 import secrets
 from pathlib import Path
 
-from diff_instruct.training.endings import NotWritten, writing
+from diff_instruct.files import NotWritten, write_text, writing
 from diff_instruct.training.record import arguments_of
 
 
@@ -20,7 +20,7 @@ def start_trackers(accelerator, args, checkpoint=None):
     run = before.read_text().strip() if before and before.is_file() else None
     run = run or f"{args.run_name or Path(args.output_dir).resolve().name}-{secrets.token_hex(4)}"
     if accelerator.is_main_process:
-        file.write_text(run + "\n")
+        write_text(file, run + "\n")
     group = {} if args.tracker_group is None else {"group": args.tracker_group}
     options = {
         "wandb": {"id": run, "name": args.run_name or run, "resume": "allow", **group},
