@@ -10,7 +10,6 @@ import gc
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,21 +26,13 @@ from diff_instruct.files import whole
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.sources import models_of
-from diff_instruct.objectives import (
-    Estimates,
-    denoise,
-    diffused_reward_gradient,
-    ikl_gradient,
-    reward_gradient,
-    score_gradient,
-    weight,
-)
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import load_prompts, prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers, truncated_prompts
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from diff_instruct.training.ema import ema_decay
@@ -54,76 +45,11 @@ from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
 from diff_instruct.training.record import record_of
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
+from diff_instruct.training.steps import generator_step, ta_loss
 from diff_instruct.training.trackers import end_trackers, start_trackers
 
 
 ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
-
-
-class Batch(NamedTuple):
-    """What one pass draws: B prompts and their conditioning c; z, ε ~ N(0, I), (B, C, H, W); t ~ π(t), (B,).
-
-    And for a generator of n steps: the noise of the further ones, (n − 1, B, C, H, W), and the step, (B,), whose x0
-    is taken, with θ's gradient through that step alone.
-    """
-
-    prompts: list
-    c: dict
-    z: torch.Tensor
-    noise: torch.Tensor
-    step: torch.Tensor
-    t: torch.Tensor
-    eps: torch.Tensor
-
-
-def ta_loss(batch, generator, ta):
-    """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c): gradient for ψ alone."""
-    with torch.no_grad():
-        x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
-    x_t = ta.schedule.add_noise(x0, batch.eps, batch.t)
-    return ta.loss(x_t, batch.eps, batch.t, batch.c)
-
-
-def generator_gradient(x0, batch, ta, ref, null, reward, decode, alpha_rew, alpha_cfg, measuring, args):
-    """dL/dx0, x0 = g_θ(z, c), of −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩; or, with the
-    score-based divergence of y_t = s_ψ − s̃_ref, + w(t) ⟨−d'(y_t), s_ψ(x_t, t, c) − ∇ log p(x_t | x0)⟩.
-
-    Returns:
-        The gradient (B, C, H, W), summed over the batch, and figures to log. While α_rew is still being measured, and
-        0, `norm_reward` is that of ∇r itself.
-    """
-    prompts, c, t, schedule, size = batch.prompts, batch.c, batch.t, ta.schedule, args.reward_batch_size or len(x0)
-    score_based, diffused = args.divergence == "score", args.reward_mode == "diffused" and alpha_rew != 0
-    x0_leaf = x0.detach().requires_grad_()
-    (alpha, sigma), x_t = schedule(t), schedule.add_noise(x0_leaf, batch.eps, t)
-
-    with torch.set_grad_enabled(score_based):
-        from_ta = ta.x0(x_t, t, c)
-    with torch.set_grad_enabled(score_based or diffused):
-        from_ref = ref.guided(x_t, t, c, null, alpha_cfg, args.cfg_interval)
-    w = weight(args.weighting, alpha, sigma, x0_leaf, from_ref.guided)
-    e = Estimates(from_ta, from_ref.cond, from_ref.uncond, alpha_cfg, w, alpha, sigma)
-    if score_based:
-        grad_div, grad_cfg = score_gradient(x0_leaf, e, args.score_distance, args.huber_c, args.score_guidance)
-    else:
-        grad_div, grad_cfg = ikl_gradient(e)
-
-    gradient, figures = grad_div + grad_cfg, {"norm_divergence": grad_div}
-    if alpha_cfg != 1 and (not score_based or args.score_guidance == "outside"):
-        figures["norm_cfg"] = grad_cfg
-    if diffused:  # r(D_k(x_t, c), c) at every noise level instead of r(x0, c)
-        again = lambda x, s: ref.guided(x, s, c, null, alpha_cfg, args.cfg_interval).guided  # noqa: E731
-        d_k = denoise(from_ref.guided, x_t, t, again, schedule, args.diffused_reward_steps)
-        r, grad_r = diffused_reward_gradient(x0_leaf, d_k, w, prompts, reward, decode, size)
-    elif alpha_rew != 0 or measuring:
-        r, grad_r = reward_gradient(x0_leaf, prompts, reward, decode, size)
-    if alpha_rew != 0 or measuring:
-        gradient = gradient - alpha_rew * grad_r
-        figures["norm_reward"] = grad_r if measuring else alpha_rew * grad_r
-    figures = {k: v.flatten(1).norm(dim=1).mean() for k, v in figures.items()}
-    if alpha_rew != 0 or measuring:
-        figures |= {"reward": r.mean(), **reward.take_parts(len(x0))}
-    return gradient, {**figures, "x0_mean": x0.detach().mean(), "x0_std": x0.detach().std()}
 
 
 def main(args):
@@ -156,8 +82,7 @@ def main(args):
     real = real_pictures(args.validation_images, validation_prompts)
     if args.dry_run:
         if args.memory_gib:
-            algorithm = Batch, ta_loss, generator_gradient
-            accelerator.print(advice(args, models, accelerator.mixed_precision, algorithm, args.memory_gib))
+            accelerator.print(advice(args, models, accelerator.mixed_precision, args.memory_gib))
         return
     check_accelerations(args, models, accelerator)
     repo = create_repository(args) if args.push_to_hub and is_main else None
@@ -195,6 +120,7 @@ def main(args):
         fill_cache(args, encode, train_prompts, others, most, accelerator.process_index, processes)
     null = models.family.null(actors.stock, pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
+    gradient_at_x0 = generator_step(args, ta, ref, null, reward, decode)
 
     prompts_of_step = []
 
@@ -243,8 +169,8 @@ def main(args):
             break
         pretraining, figures = step < args.pretrain_steps, Averages()
         prompts_of_step.clear()
-        alpha_rew, measuring = dial.scale(step - args.pretrain_steps), dial.measuring(step - args.pretrain_steps)
-        alpha_cfg = args.pretrain_cfg_scale if pretraining else args.cfg_scale
+        alpha_cfg, aligning = args.pretrain_cfg_scale if pretraining else args.cfg_scale, step - args.pretrain_steps
+        alpha = Alpha(alpha_cfg, dial.scale(aligning), dial.measuring(aligning))
 
         for _ in range(args.ta_steps if step >= 0 else 1):  # θ is frozen; K_TA times ψ takes a step
             for batch in batches():
@@ -258,9 +184,8 @@ def main(args):
             for batch in batches():
                 x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
                 with psi.frozen():
-                    weights = alpha_rew, alpha_cfg, measuring
-                    dL_dx0, seen = generator_gradient(x0, batch, ta, ref, null, reward, decode, *weights, args)
-                figures.add(seen)
+                    dL_dx0, seen = gradient_at_x0(x0, batch, alpha)
+                figures.add(seen | reward.take_parts(len(x0)))
                 accelerator.backward(x0, gradient=dL_dx0 / (args.train_batch_size * accumulation))
             if theta.step():
                 theta.update_average(ema_decay(args, pretraining, images_per_step, (step + 1) * images_per_step))
@@ -270,12 +195,12 @@ def main(args):
         # 7. What happened.
         done, speed.steps = step + 1, speed.steps + 1
         logging = done % args.logging_steps == 0 or done == total
-        row = figures.take(accelerator) if logging or measuring else {}
-        if measuring:
+        row = figures.take(accelerator) if logging or alpha.measuring else {}
+        if alpha.measuring:
             dial.observe(row["norm_reward"], row["norm_divergence"])
         if logging:
             row |= {**speed.take(), "grad_norm_ta": psi.norm}
-            row |= {"grad_norm_generator": theta.norm, "reward_scale": alpha_rew} if step >= 0 else {}
+            row |= {"grad_norm_generator": theta.norm, "reward_scale": alpha.rew} if step >= 0 else {}
             row |= {"learning_rate": theta.learning_rate, "ta_learning_rate": psi.learning_rate}
             row["skipped_steps"] = theta.skipped + psi.skipped
             bar.set_postfix({k: f"{v:.3g}" for k, v in (row | judged).items() if k in ON_THE_BAR})

@@ -8,6 +8,8 @@
 | DI* | arXiv 2410.20898 | `score_gradient` − α_rew `reward_gradient` |
 | DIDR | arXiv 2605.24001 | `ikl_gradient` − α_rew `diffused_reward_gradient` |
 
+The terms of the θ-step that are made of these are objects, in `diff_instruct/terms.py`.
+
 Scores enter through the estimates x̂0 of the clean latents, s = (α x̂0 − x_t) / σ² (Tweedie), so that a difference of
 two scores at the same x_t is (α / σ²) times the difference of two x̂0: no cancellation of large numbers.
 Latents are (B, C, H, W), d = C·H·W; α_t and σ_t are (B, 1, 1, 1); everything is float32.
@@ -34,6 +36,14 @@ class Estimates(NamedTuple):
     w: torch.Tensor
     alpha: torch.Tensor
     sigma: torch.Tensor
+
+
+class Guided(NamedTuple):
+    """The reference's estimates x̂0, each (B, C, H, W): of c, of ∅, and guided, ∅ + α_cfg (c − ∅)."""
+
+    cond: torch.Tensor
+    uncond: torch.Tensor
+    guided: torch.Tensor
 
 
 def denoising_loss(eps_hat, eps, loss_weight=1.0):
@@ -156,12 +166,13 @@ def denoise(x0_ref, x_t, t, estimate, schedule, steps):
     return x0
 
 
-def reward_gradient(x0, prompts, reward, decode, batch_size):
-    """r(x0, c) of every sample, (B,), and ∇_{x0} r, (B, C, H, W), through the decoder, `batch_size` samples at a time.
+def reward_gradient(x0, prompts, reward, decode, batch_size=None):
+    """r(x0, c) of every sample, (B,), and ∇_{x0} r, (B, C, H, W), through the decoder, `batch_size` samples at a time
+    (None: all at once).
 
     The decoder's graph of one micro-batch is freed before the next: the result does not depend on `batch_size`.
     """
-    rewards, gradients = [], []
+    rewards, gradients, batch_size = [], [], batch_size or len(x0)
     for i in range(0, len(x0), batch_size):
         part = x0[i : i + batch_size].detach().requires_grad_()
         r = reward(decode(part), prompts[i : i + batch_size])
@@ -170,7 +181,7 @@ def reward_gradient(x0, prompts, reward, decode, batch_size):
     return torch.cat(rewards), torch.cat(gradients)
 
 
-def diffused_reward_gradient(x0, denoised, w, prompts, reward, decode, batch_size):
+def diffused_reward_gradient(x0, denoised, w, prompts, reward, decode, batch_size=None):
     """r(D_k(x_t, c), c), (B,), and w(t) α ∇_{x_t} r(D_k(x_t, c), c), (B, C, H, W) (DIDR, arXiv 2605.24001).
 
     α_rew times it is w α s_r: the target score becomes s̃_ref + s_r, that of p_ref(x0 | c) exp(α_rew r(x0, c)). So

@@ -1,8 +1,8 @@
 """Mode behaviour of the divergences on a two-dimensional mixture of Gaussians: `python experiments/mixture.py`.
 
 The reference is eight Gaussians on a circle, with its exact noised score. The generator is a small MLP z -> x0 that
-starts at random, the teaching assistant (TA) a small MLP that is trained along; the loop is Algorithm 1, through the
-functions of `diff_instruct/objectives.py` that training runs. Every run trains several seeds side by side, as a stack
+starts at random, the teaching assistant (TA) a small MLP that is trained along; the loop is Algorithm 1, with the
+steps and terms that training takes. Every run trains several seeds side by side, as a stack
 of networks that share nothing. Each divergence is run with the noise levels π(t) of the script, 0.02 to 0.98, and with
 low ones only, and both again with an affine generator, which can only draw one Gaussian. It draws
 `experiments/mixture.png` and prints the table. A sample counts for its nearest mode, near or far.
@@ -20,38 +20,32 @@ from torch import nn
 
 matplotlib.use("Agg")
 
+from exact import Exact
 from matplotlib import pyplot as plt
 
-from diff_instruct.models.schedule import NoiseSchedule
-from diff_instruct.models.teaching_assistant import frozen
-from diff_instruct.objectives import (
-    Estimates,
-    denoise,
-    denoising_loss,
-    diffused_reward_gradient,
-    ikl_gradient,
-    score_gradient,
-    weight,
-)
+from diff_instruct.objectives import denoising_loss
+from diff_instruct.terms import IKL, Alpha, Batch, DiffusedReward, LatentReward, ScoreDistance
+from diff_instruct.training.steps import GeneratorStep, ta_loss
+from pipeline_one_step import Schedule
 
 
 MODES, RADIUS, STD = 8, 1.4, 0.15
 ANGLES = 2 * torch.pi * torch.arange(MODES) / MODES
 MEANS = RADIUS * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
-schedule = NoiseSchedule(DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction"))
+schedule = Schedule(DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction"))
 
 ALL, LOW = (0.02, 0.98), (0.02, 0.3)
 # title, divergence, α_rew of the diffused reward r(x) = x[0], π(t), hidden layers of the generator
 RUNS = [
-    ("IKL (DI)", "ikl", 0.0, ALL, 3),
-    ("score (SIM)", "score", 0.0, ALL, 3),
-    ("IKL, diffused reward (DIDR)", "ikl", 1.0, ALL, 3),
-    ("IKL, low noise only", "ikl", 0.0, LOW, 3),
-    ("score, low noise only", "score", 0.0, LOW, 3),
-    ("IKL, affine generator", "ikl", 0.0, ALL, 0),
-    ("score, affine generator", "score", 0.0, ALL, 0),
-    ("IKL, affine, low noise only", "ikl", 0.0, LOW, 0),
-    ("score, affine, low noise only", "score", 0.0, LOW, 0),
+    ("IKL (DI)", IKL(), 0.0, ALL, 3),
+    ("score (SIM)", ScoreDistance(), 0.0, ALL, 3),
+    ("IKL, diffused reward (DIDR)", IKL(), 1.0, ALL, 3),
+    ("IKL, low noise only", IKL(), 0.0, LOW, 3),
+    ("score, low noise only", ScoreDistance(), 0.0, LOW, 3),
+    ("IKL, affine generator", IKL(), 0.0, ALL, 0),
+    ("score, affine generator", ScoreDistance(), 0.0, ALL, 0),
+    ("IKL, affine, low noise only", IKL(), 0.0, LOW, 0),
+    ("score, affine, low noise only", ScoreDistance(), 0.0, LOW, 0),
 ]
 
 
@@ -85,65 +79,70 @@ def x0_ref(x_t, t):
     return latents((posterior[:, :, None] * of_mode).sum(dim=1))
 
 
-def ta_output(ta, x_t, t, seeds):
-    """The TA's v-prediction from x_t and features of the time."""
-    alpha, sigma = (s.flatten(1) for s in schedule(t))
-    s = t[:, None] / len(schedule.alphas)
-    waves = [f(torch.pi * k * s) for k in (1, 2, 3) for f in (torch.sin, torch.cos)]
-    inputs = torch.cat([x_t.flatten(1), (sigma / alpha).log() / 2, *waves], dim=1)
-    return latents(ta(inputs.view(seeds, -1, inputs.shape[1])))
+class Generator:
+    """g_θ, as the steps ask for it."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def generate(self, z, c, noise=(), step=None):
+        return latents(self.network(z.view(len(self.network.layers[0]), -1, 2)))
+
+
+class TeachingAssistant(Exact):
+    """s_ψ, as the steps ask for it: a v-prediction from x_t and features of the time."""
+
+    def __init__(self, network):
+        super().__init__(schedule, lambda x_t, t: schedule.x0(self(x_t, t), x_t, t))
+        self.network = network
+
+    def __call__(self, x_t, t):
+        alpha, sigma = (s.flatten(1) for s in schedule(t))
+        s = t[:, None] / schedule.steps
+        waves = [f(torch.pi * k * s) for k in (1, 2, 3) for f in (torch.sin, torch.cos)]
+        inputs = torch.cat([x_t.flatten(1), (sigma / alpha).log() / 2, *waves], dim=1)
+        return latents(self.network(inputs.view(len(self.network.layers[0]), -1, inputs.shape[1])))
+
+    def loss(self, x_t, eps, t, c):
+        return denoising_loss(schedule.epsilon(self(x_t, t), x_t, t), eps)
 
 
 def train(args, divergence, alpha_rew, noise_levels, hidden):
     """Algorithm 1. Returns samples of the trained generators, (seeds, 4000, 2)."""
     torch.manual_seed(args.seed)
     seeds, rows = args.seeds, args.seeds * args.batch_size
-    generator, ta = Networks(seeds, 2, args.width, hidden), Networks(seeds, 9, args.width)
-    theta = torch.optim.Adam(generator.parameters(), lr=args.learning_rate, betas=(0.0, 0.999))
-    psi = torch.optim.Adam(ta.parameters(), lr=args.ta_learning_rate, betas=(0.0, 0.999))
-    judge = [""] * rows, lambda x, prompts: x[:, 0, 0, 0], lambda x: x, rows
+    generator = Generator(Networks(seeds, 2, args.width, hidden))
+    ta = TeachingAssistant(Networks(seeds, 9, args.width))
+    theta = torch.optim.Adam(generator.network.parameters(), lr=args.learning_rate, betas=(0.0, 0.999))
+    psi = torch.optim.Adam(ta.network.parameters(), lr=args.ta_learning_rate, betas=(0.0, 0.999))
+    reward = LatentReward(lambda x, prompts: x[:, 0, 0, 0], decode=lambda x: x)
+    terms = divergence, DiffusedReward(reward, args.diffused_reward_steps)
+    gradient_at_x0 = GeneratorStep(ta, Exact(schedule, x0_ref), {}, terms, args.weighting)
 
-    def sample():
+    def draw():
         z, eps = torch.randn(2, rows, 2, 1, 1)
-        return z.view(seeds, -1, 2), schedule.timesteps(torch.rand(rows), *noise_levels), eps
+        t = schedule.timesteps(torch.rand(rows), *noise_levels)
+        return Batch([""] * rows, {}, z, z[:0], torch.zeros_like(t), t, eps)
 
     for step in range(args.steps):
         for optimizer, rate in ((theta, args.learning_rate), (psi, args.ta_learning_rate)):
             optimizer.param_groups[0]["lr"] = rate * min(1, 2 * (1 - step / args.steps))  # decays in the second half
         # θ is frozen; K_TA times: ψ takes a step on the denoising loss.
         for _ in range(args.ta_steps):
-            z, t, eps = sample()
-            with torch.no_grad():
-                x0 = latents(generator(z))
-            x_t = schedule.add_noise(x0, eps, t)
-            loss = denoising_loss(schedule.epsilon(ta_output(ta, x_t, t, seeds), x_t, t), eps)
+            loss = ta_loss(draw(), generator, ta)
             psi.zero_grad()
             loss.backward()
             psi.step()
 
         # ψ is frozen; θ takes a step.
-        z, t, eps = sample()
-        x0 = latents(generator(z))
-        with frozen(ta):
-            cut = x0.detach().requires_grad_()
-            alpha, sigma = schedule(t)
-            x_t = schedule.add_noise(cut, eps, t)
-            from_ta, from_ref = schedule.x0(ta_output(ta, x_t, t, seeds), x_t, t), x0_ref(x_t, t)
-            w = weight(args.weighting, alpha, sigma, cut, from_ref)
-            scores = from_ta, from_ref, from_ref, 1.0, w, alpha, sigma
-            gradient = (
-                score_gradient(cut, Estimates(*scores))[0]
-                if divergence == "score"
-                else ikl_gradient(Estimates(*scores))[0]
-            )
-            if alpha_rew:
-                d_k = denoise(from_ref, x_t, t, x0_ref, schedule, args.diffused_reward_steps)
-                gradient = gradient - alpha_rew * diffused_reward_gradient(cut, d_k, w, *judge)[1]
+        batch = draw()
+        x0 = generator.generate(batch.z, batch.c)
+        dL_dx0, _ = gradient_at_x0(x0, batch, Alpha(cfg=1.0, rew=alpha_rew))
         theta.zero_grad()
-        x0.backward(gradient / args.batch_size)
+        x0.backward(dL_dx0 / args.batch_size)
         theta.step()
     with torch.no_grad():
-        return generator(torch.randn(seeds, 4000, 2))
+        return generator.network(torch.randn(seeds, 4000, 2))
 
 
 def figures(samples, target):

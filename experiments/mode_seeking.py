@@ -2,8 +2,8 @@
 
 The reference is two Gaussians in the plane, 0.6 on the left and 0.4 on the right, with its exact noised score. The
 generator x0 = z A + b draws one Gaussian, whose noised score is exact, too: it stands for a perfect teaching
-assistant. It starts narrow, between the modes. Both divergences go through `diff_instruct/objectives.py`, as training
-does, at three ranges of noise levels π(t). Draws `experiments/mode_seeking.png` and prints the table.
+assistant. It starts narrow, between the modes. Both divergences go through the step and terms that
+training takes, at three ranges of noise levels π(t). Draws `experiments/mode_seeking.png` and prints the table.
 """
 
 from pathlib import Path
@@ -16,17 +16,20 @@ from tqdm.auto import tqdm
 
 matplotlib.use("Agg")
 
+from exact import Exact
 from matplotlib import pyplot as plt
 
-from diff_instruct.models.schedule import NoiseSchedule
-from diff_instruct.objectives import Estimates, ikl_gradient, score_gradient, weight
+from diff_instruct.terms import IKL, Alpha, Batch, ScoreDistance
+from diff_instruct.training.steps import GeneratorStep
+from pipeline_one_step import Schedule
 
 
 MEANS, SHARES, STD = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([0.6, 0.4]), 0.25
 START_STD, START_MEAN = 0.3, (-0.1, 0.0)
 STEPS, BATCH, LEARNING_RATE = 1500, 512, 1e-2
 RANGES = [(0.0, 0.03), (0.0, 0.1), (0.02, 0.98)]  # of π(t), in fractions of the schedule; the last is the script's
-schedule = NoiseSchedule(DDPMScheduler(beta_schedule="linear"))
+DIVERGENCES = {"IKL (DI)": IKL(), "score (SIM)": ScoreDistance()}
+schedule = Schedule(DDPMScheduler(beta_schedule="linear"))
 
 
 def latents(x):
@@ -59,23 +62,17 @@ def train(divergence, levels):
     torch.manual_seed(0)
     a, b = torch.nn.Parameter(START_STD * torch.eye(2)), torch.nn.Parameter(torch.tensor(START_MEAN))
     optimizer = torch.optim.Adam([a, b], lr=LEARNING_RATE, betas=(0.0, 0.999))
+    ta = Exact(schedule, lambda x_t, t: x0_gaussian(x_t, t, b.detach(), (a.T @ a).detach()))
+    gradient_at_x0 = GeneratorStep(ta, Exact(schedule, x0_ref), {}, (divergence,), weighting="eps")
     for step in tqdm(range(STEPS), desc=f"{divergence} {levels}", leave=False):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, 2 * (1 - step / STEPS))
         z, eps = torch.randn(2, BATCH, 2)
         t = schedule.timesteps(torch.rand(BATCH), *levels)
         x0 = latents(z @ a + b)
-        cut = x0.detach().requires_grad_()
-        alpha, sigma = schedule(t)
-        x_t = schedule.add_noise(cut, latents(eps), t)
-        from_ta, from_ref = x0_gaussian(x_t, t, b.detach(), (a.T @ a).detach()), x0_ref(x_t, t)
-        scores = from_ta, from_ref, from_ref, 1.0, weight("eps", alpha, sigma, cut, from_ref), alpha, sigma
-        gradient = (
-            score_gradient(cut, Estimates(*scores))[0]
-            if divergence == "score"
-            else ikl_gradient(Estimates(*scores))[0]
-        )
+        batch = Batch([""] * BATCH, {}, latents(z), z[:0], torch.zeros_like(t), t, latents(eps))
+        dL_dx0, _ = gradient_at_x0(x0, batch, Alpha(cfg=1.0))
         optimizer.zero_grad()
-        x0.backward(gradient / BATCH)
+        x0.backward(dL_dx0 / BATCH)
         optimizer.step()
     return b.detach(), (a.T @ a).detach()
 
@@ -90,9 +87,8 @@ def main():
     density = (SHARES * (-((grid[..., None, :] - MEANS) ** 2).sum(-1) / (2 * STD**2)).exp()).sum(-1)
     figure, axes = plt.subplots(2, len(RANGES), figsize=(11, 4), layout="constrained", sharex=True, sharey=True)
     for column, levels in zip(axes.T, RANGES):
-        for panel, divergence in zip(column, ("ikl", "score")):
+        for panel, (name, divergence) in zip(column, DIVERGENCES.items()):
             mean, covariance = train(divergence, levels)
-            name = {"ikl": "IKL (DI)", "score": "score (SIM)"}[divergence]
             print(
                 f"| {levels[0]} to {levels[1]} | {name} | {mean[0]:.2f} | {covariance[0, 0].sqrt():.2f} |", flush=True
             )

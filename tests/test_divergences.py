@@ -11,6 +11,7 @@ import train_diff_instruct_pp as script
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
+from diff_instruct.terms import IKL, DiffusedReward, ScoreDistance
 from diff_instruct.training.arguments import build_parser, parse_args
 from diff_instruct.training.methods import METHODS
 from diff_instruct.training.optimizer import Trained
@@ -23,12 +24,8 @@ DIDR = ["--reward_mode", "diffused", "--diffused_reward_steps", 2]
 
 @pytest.fixture
 def watch(monkeypatch):
-    """The actors of a run, how often each block of theirs ran, and dL/dx0 of each generator step."""
+    """The actors of a run, how often each block of theirs ran, and the parts of dL/dx0 of each generator step."""
     seen = {"calls": [], "gradients": []}
-
-    def wrap(name, record):
-        original = getattr(script, name)
-        monkeypatch.setattr(script, name, lambda *args: record(original(*args)))
 
     def look(actors):
         seen["actors"] = actors
@@ -40,14 +37,18 @@ def watch(monkeypatch):
         seen["trained"] = [seen["calls"].count(role) for role in ("ta", "ref")]
         return original(*args)
 
-    def keep_gradient(parts):
-        seen["gradients"].append(torch.stack(parts) if parts[0].shape == parts[1].shape else parts[1])
-        return parts
+    def watched(original):
+        def gradient(term, noised):
+            parts = original(term, noised)
+            seen["gradients"].append(torch.stack(list(parts.values())))
+            return parts
+
+        return gradient
 
     watch_actors(monkeypatch, look)
     monkeypatch.setattr(script, "draw_reference", draw_reference)
-    for name in ("ikl_gradient", "score_gradient", "diffused_reward_gradient"):
-        wrap(name, keep_gradient)
+    for term in (IKL, ScoreDistance, DiffusedReward):
+        monkeypatch.setattr(term, "gradient", watched(term.gradient))
     return seen
 
 
@@ -121,7 +122,7 @@ def test_guidance_acts_within_its_interval_alone(tiny_args, watch, method):
     gradients = []
     for options in (["--cfg_interval", 0, 0.01], ["--cfg_scale", 1], []):
         run([*tiny_args, "--max_train_steps", 1, "--overwrite_output_dir", *method, *options])
-        gradients.append(watch["gradients"][0])
+        gradients.append(watch["gradients"][0].sum(dim=0))
         watch["gradients"].clear()
     outside, none, everywhere = gradients
     size = none.abs().max().item()

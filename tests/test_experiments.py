@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import five_methods  # noqa: E402
 import five_settings  # noqa: E402
+import mixture  # noqa: E402
+import mode_seeking  # noqa: E402
 import one_change  # noqa: E402
 import pocket_runs as runs  # noqa: E402
 import pocket_tables as tables  # noqa: E402
@@ -51,6 +53,30 @@ def test_one_run_serves_all_who_ask_for_it():
     q = one_change.QUESTIONS
     assert q["suspects"]["at the lower half"] == five_methods.SETTINGS["DI++"] == q["weighting"]["`dmd`"]
     assert five_settings.SETTINGS["(1, 0)"] == five_methods.SETTINGS["DI"]
+
+
+@pytest.mark.parametrize("title, divergence", mode_seeking.DIVERGENCES.items())
+def test_mode_seeking_s_generator_moves_towards_the_reference(monkeypatch, title, divergence):
+    """It starts with a spread of 0.3; the reference has 1.01 along the line through its modes, 0.25 across."""
+    monkeypatch.setattr(mode_seeking, "STEPS", 150)
+    mean, covariance = mode_seeking.train(divergence, (0.02, 0.98))
+    along, across = covariance.diagonal().sqrt().tolist()
+    assert 0.6 < along < 1.3 and 0.15 < across < 0.4 and -0.5 < mean[0] < 0.1
+
+
+@pytest.mark.parametrize("run", [mixture.RUNS[1], mixture.RUNS[2]])
+def test_the_mixture_s_networks_learn(run):
+    """Algorithm 1 on it, with a score distance and with a diffused reward: samples come nearer to the modes."""
+    options = Namespace(
+        seed=0, seeds=2, batch_size=64, width=32, learning_rate=3e-3, ta_learning_rate=6e-3, steps=60, ta_steps=2,
+        weighting="eps", diffused_reward_steps=2,
+    )  # fmt: skip
+    _, divergence, alpha_rew, *how = run
+    distances = []
+    for options.steps in (1, 60):
+        samples = mixture.train(options, divergence, alpha_rew, *how)
+        distances.append(torch.cdist(samples, mixture.MEANS).amin(dim=2).mean().item())
+    assert samples.shape == (2, 4000, 2) and distances[1] < 0.8 * distances[0], distances
 
 
 def test_finished_runs_are_counted_up_to_the_first_gap(tmp_path):

@@ -9,9 +9,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, PixArtAlph
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
+from diff_instruct.evaluation.judge import Judge
 from diff_instruct.export import card, export
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.training.history import TIMINGS
+from diff_instruct.training.steps import GeneratorStep
 from pipeline_one_step import OneStepPipeline, Schedule
 from tests.runs import checkpoints, history, load, run, same, trained, weights
 from tests.tiny import PROMPTS, tiny_sdxl
@@ -34,7 +37,7 @@ def test_engines_that_the_script_does_not_do(tiny_args, tmp_path, monkeypatch, v
 
 def test_a_bug_is_no_mistake(tiny_args, monkeypatch):
     """The last lines of the script catch mistakes alone: a `ValueError` of a library keeps its traceback."""
-    monkeypatch.setattr(script, "generator_gradient", lambda *args: [].index(0))
+    monkeypatch.setattr(GeneratorStep, "__call__", lambda *args: [].index(0))
     with pytest.raises(ValueError) as error:
         run(tiny_args)
     assert not isinstance(error.value, Mistake)
@@ -56,7 +59,7 @@ def test_a_warm_up_is_resumed(tiny_args, tmp_path, monkeypatch):
     """Killed in the third of four steps of warm-up, after checkpoint-0 was written at the second."""
     options = [*tiny_args, "--ta_warmup_steps", 4, "--max_train_steps", 2]
     run([*options, "--output_dir", tmp_path / "whole"])
-    calls, loss = [], script.ta_loss
+    calls, loss = [], Denoiser.loss
 
     def killed(*args):
         calls.append(1)
@@ -65,7 +68,7 @@ def test_a_warm_up_is_resumed(tiny_args, tmp_path, monkeypatch):
         return loss(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(script, "ta_loss", killed)
+        m.setattr(Denoiser, "loss", killed)
         with pytest.raises(KeyboardInterrupt):
             run([*options, "--output_dir", tmp_path / "killed"])
     assert checkpoints(tmp_path / "killed") == ["checkpoint-0"]
@@ -105,14 +108,14 @@ def test_bfloat16_ships_frozen_parts_as_they_were_published(tiny_args, tiny_mode
 @pytest.mark.parametrize("lora", [0, 2])
 def test_trained_and_shipped_agree_in_bfloat16(tiny_args, tmp_path, monkeypatch, lora):
     """The picture that training drew, and that of the export in bfloat16: apart by bfloat16's rounding."""
-    drawn, judge_call = {}, script.Judge.__call__
+    drawn, judge_call = {}, Judge.__call__
 
     def judged(self, *args):
         scores, pictures = judge_call(self, *args)
         drawn["pictures"], drawn["noise"], drawn["prompts"] = pictures, self.noise, self.pictures
         return scores, pictures
 
-    monkeypatch.setattr(script.Judge, "__call__", judged)
+    monkeypatch.setattr(Judge, "__call__", judged)
     run([*tiny_args, "--max_train_steps", 2, "--mixed_precision", "bf16", "--lora_rank", lora])
     shipped = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
     images = shipped(drawn["prompts"], latents=drawn["noise"], output_type="pt").images

@@ -10,7 +10,6 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
-import train_diff_instruct_pp as script
 from diff_instruct.export.tensors import save_network
 from diff_instruct.models import memory_plan
 from diff_instruct.models.activations import Live, activations
@@ -20,21 +19,18 @@ from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
 from diff_instruct.models.memory_plan import GIB
 from diff_instruct.models.sources import models_of
+from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.steps import generator_step, ta_loss
 from tests.runs import run
 
 
 TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
 
 
-class RewardOfPixels:
-    """The mean of the green channel."""
-
-    def __call__(self, pixels, prompts):
-        return pixels[:, 1].mean(dim=(1, 2))
-
-    def take_parts(self, n):
-        return {}
+def mean_green(pixels, prompts):
+    """A reward: the mean of the green channel."""
+    return pixels[:, 1].mean(dim=(1, 2))
 
 
 @pytest.fixture
@@ -93,8 +89,7 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     """The TA's phase on the loaded actors, counted while it runs, against what is said before anything is loaded."""
     args = parse_args([str(a) for a in [*tiny_args, *options]])
     models, half = models_of(args), args.mixed_precision == "bf16"
-    algorithm = script.Batch, script.ta_loss, script.generator_gradient
-    predicted = activations(args, models, args.mixed_precision or "no", algorithm)
+    predicted = activations(args, models, args.mixed_precision or "no")
     assert predicted["generator's step"] > predicted["validation"] > 0
 
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
@@ -105,9 +100,9 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     z, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
     with torch.no_grad():
         c = actors.pipe.encode_prompt(["a"] * 2)
-    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, z)
+    one = Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, z)
     with Live() as live:
-        counted = live.highest(lambda: script.ta_loss(one, actors.generator, actors.ta).backward())
+        counted = live.highest(lambda: ta_loss(one, actors.generator, actors.ta).backward())
     assert predicted["teaching assistant's step"] == pytest.approx(counted, rel=0.03)
 
 
@@ -150,21 +145,20 @@ def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
     z, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([300, 700])
     with torch.no_grad():
         c, null = (actors.pipe.encode_prompt(prompts) for prompts in (["a red apple", "blue cat"], ["", ""]))
-    one = script.Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, eps)
+    one = Batch(["a"] * 2, c, z, z[:0], torch.zeros_like(t), t, eps)
 
     def gradients(generator, ta, ref):
         for role in (generator, ta):
             for p in trained_parameters(role.network, role.adapter).values():
                 p.requires_grad_(True)
-        script.ta_loss(one, generator, ta).backward()
+        ta_loss(one, generator, ta).backward()
         x0 = generator.generate(z, c)
         of_ta = trained_parameters(ta.network, "ta").values()
         found = [p.grad.clone() for p in of_ta]
         for p in of_ta:
             p.requires_grad_(False)
-        reward = RewardOfPixels()
-        weights = 2.0, 3.0, False
-        dL_dx0, _ = script.generator_gradient(x0, one, ta, ref, null, reward, actors.pipe.decode, *weights, args)
+        gradient_at_x0 = generator_step(args, ta, ref, null, mean_green, actors.pipe.decode)
+        dL_dx0, _ = gradient_at_x0(x0, one, Alpha(cfg=3.0, rew=2.0))
         for p in of_ta:
             p.requires_grad_(True)
         x0.backward(dL_dx0)

@@ -1,4 +1,4 @@
-"""The closed forms of the Gaussian world, reached through the functions that the script calls.
+"""The closed forms of the Gaussian world, reached through the steps and terms that the script takes.
 
 Per element p_ref(x0 | c) = N(μ, S), the generator is x0 = a z + b, both scores are exact. Latents are (B, 1, 4, 4).
 """
@@ -11,15 +11,14 @@ from diff_instruct.objectives import (
     KAPPA,
     WEIGHTINGS,
     Estimates,
-    denoise,
     denoising_loss,
-    diffused_reward_gradient,
-    guide,
     ikl_gradient,
     reward_gradient,
-    score_gradient,
     weight,
 )
+from diff_instruct.terms import IKL, Alpha, Batch, CleanReward, DiffusedReward, LatentReward, ScoreDistance
+from diff_instruct.training.steps import GeneratorStep
+from experiments.exact import Exact
 from pipeline_one_step import Schedule
 
 
@@ -56,28 +55,20 @@ def gradient_in_a_b(
     z, eps = torch.randn(2, n, *SHAPE, generator=rng)
     t = torch.full((n,), t) if isinstance(t, int) else t
     x0 = a * z + b
-    cut = x0.detach().requires_grad_()
-    alpha, sigma = schedule(t)
-    x_t = schedule.add_noise(cut, eps, t)
-    from_ta = x0_of_gaussian(x_t, b.detach(), a.detach() ** 2, alpha, sigma)
 
-    def reference(x_t, t):
-        cond, null = (x0_of_gaussian(x_t, m, S, *schedule(t)) for m in (MU, M))
-        return cond, null, guide(cond, null, cfg_scale)
+    def exact(mean, var):
+        return lambda x_t, t: x0_of_gaussian(x_t, mean, var, *schedule(t))
 
-    from_ref, from_null, guided = reference(x_t, t)
-    w = weight(weighting, alpha, sigma, cut, guided)
-    scores = from_ta, from_ref, from_null, cfg_scale, w, alpha, sigma
-    divergence, guidance = (
-        score_gradient(cut, Estimates(*scores), *distance) if distance else ikl_gradient(Estimates(*scores))
+    ta = Exact(schedule, exact(b.detach(), a.detach() ** 2))
+    ref = Exact(schedule, exact(MU, S), exact(M, S))
+    reward = LatentReward(lambda pixels, prompts: k * pixels.sum(dim=(1, 2, 3)), decode=lambda x: x)
+    terms = (
+        ScoreDistance(*distance) if distance else IKL(),
+        DiffusedReward(reward, diffused_steps) if diffused_steps else CleanReward(reward),
     )
-    judge = ["c"] * n, lambda pixels, prompts: k * pixels.sum(dim=(1, 2, 3)), lambda x: x, n
-    if diffused_steps:
-        d_k = denoise(guided, x_t, t, lambda x, s: reference(x, s)[2], schedule, diffused_steps)
-        _, dr = diffused_reward_gradient(cut, d_k, w, *judge)
-    else:
-        _, dr = reward_gradient(cut, *judge)
-    x0.backward((divergence + guidance - reward_scale * dr) / n)
+    batch = Batch(["c"] * n, {}, z, z[:0], torch.zeros_like(t), t, eps)
+    dL_dx0, _ = GeneratorStep(ta, ref, {}, terms, weighting)(x0, batch, Alpha(cfg_scale, reward_scale))
+    x0.backward(dL_dx0 / n)
     return a.grad.item() / D, b.grad.item() / D
 
 

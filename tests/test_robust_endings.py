@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.prompts.stream import Sampler, StreamBroken
 from diff_instruct.rewards.mix import Mix
+from diff_instruct.terms import IKL
 from diff_instruct.training import endings
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.endings import Ending, run_to_the_end
 from diff_instruct.training.history import History
+from diff_instruct.training.nonfinite import NonFinite
 from tests.runs import checkpoints, history, run, same, trained, weights
 from tests.tiny import PROMPTS
 
@@ -88,12 +91,12 @@ def test_three_in_a_row_end_the_run(quick_args, tmp_path, capsys, function, caus
 def test_what_is_not_finite_is_named(quick_args, monkeypatch, capsys, part, cause):
     nan = float("nan")
     if part == "ta_loss":
-        loss = script.ta_loss
-        monkeypatch.setattr(script, "ta_loss", lambda *args: loss(*args) * nan)
+        loss = Denoiser.loss
+        monkeypatch.setattr(Denoiser, "loss", lambda *args: loss(*args) * nan)
     else:
-        gradients = script.ikl_gradient
-        factors = (nan, 1) if part == "score" else (1, nan)
-        monkeypatch.setattr(script, "ikl_gradient", lambda e: [g * f for g, f in zip(gradients(e), factors)])
+        gradient, name = IKL.gradient, {"score": "divergence", "cfg": "cfg"}[part]
+        parts = lambda *args: {k: v * (nan if k == name else 1) for k, v in gradient(*args).items()}  # noqa: E731
+        monkeypatch.setattr(IKL, "gradient", parts)
     code, line = ends([*quick_args, "--max_nonfinite_steps", 1], capsys)
     assert code == 3 and f"not finite in step 1 (not finite: {cause}), 1 times" in line
 
@@ -101,7 +104,7 @@ def test_what_is_not_finite_is_named(quick_args, monkeypatch, capsys, part, caus
 def test_nothing_is_asked_of_finite_steps(quick_args, monkeypatch):
     """No extra wait for the device: what is finite is looked at only after a step that was not taken."""
     monkeypatch.setattr(Mix, "take_unsound", None)
-    monkeypatch.setattr(script.NonFinite, "__call__", None)
+    monkeypatch.setattr(NonFinite, "__call__", None)
     run([*quick_args, "--max_train_steps", 1])
 
 
@@ -141,7 +144,7 @@ def test_out_of_memory_names_the_largest_actor_and_flags(
     def full(*args):
         raise error
 
-    monkeypatch.setattr(script, "ta_loss", full)
+    monkeypatch.setattr(Denoiser, "loss", full)
     monkeypatch.setattr(endings, "plan", fake_plan)
     code, line = ends([*quick_args, *options], capsys)
     assert code == 4 and line.startswith(f"stopped: out of memory: the largest actor is the {largest} GiB")
@@ -152,7 +155,7 @@ def test_other_errors_keep_their_traceback(quick_args, monkeypatch):
     def bug(*args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(script, "ta_loss", bug)
+    monkeypatch.setattr(Denoiser, "loss", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         run_to_the_end(lambda: parse_args([str(a) for a in quick_args]), script.main)
 
@@ -196,7 +199,7 @@ def small_disk(tmp_path):
 def test_a_full_disk(quick_args, small_disk, monkeypatch, capsys):
     """It fills while the run goes on: checkpoints that cannot be written are told, the last whole one stays,
     the export ends with one line; with room again the same command ends as a run with room does."""
-    out, loss, filler = small_disk / "out", script.ta_loss, small_disk / "filler"
+    out, loss, filler = small_disk / "out", Denoiser.loss, small_disk / "filler"
     command = [*quick_args, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
     run([*command, "--output_dir", out, "--max_train_steps", 1])
     before = weights_of(out / "checkpoint-1")
@@ -204,7 +207,7 @@ def test_a_full_disk(quick_args, small_disk, monkeypatch, capsys):
         shutil.rmtree(out / name)
     fills = lambda *args: (filler.exists() or fill(filler), loss(*args))[1]  # noqa: E731
     with monkeypatch.context() as m:
-        m.setattr(script, "ta_loss", fills)
+        m.setattr(Denoiser, "loss", fills)
         code = run_to_the_end(lambda: parse_args([str(a) for a in [*command, "--output_dir", out]]), script.main)
     said = capsys.readouterr()
     assert code == 5 and said.err.splitlines()[-1].startswith(f"stopped: the export in {out} could not be written: no")

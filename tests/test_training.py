@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import train_diff_instruct_pp as script
+from diff_instruct.terms import CleanReward
 from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.optimizer import Trained
 from tests.runs import checkpoints, history, run, same, trained, watch_actors, weights
@@ -189,7 +190,7 @@ def test_accumulation_equals_the_larger_batch(tiny_args, tmp_path):
 
 
 def test_pretraining_uses_no_reward(tiny_args, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "reward_gradient", None)
+    monkeypatch.setattr(CleanReward, "gradient", None)
     run([*tiny_args, "--pretrain_steps", 3, "--max_train_steps", 0])
     assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["steps"] == 3
 

@@ -18,6 +18,8 @@ from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
 from diff_instruct.models.sources import read_index
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.terms import Alpha, Batch
+from diff_instruct.training.steps import generator_step, ta_loss
 from pipeline_one_step import OneStepPipeline
 
 
@@ -104,9 +106,6 @@ class Reward:
     def __call__(self, pixels, prompts):
         return Held.apply(pixels, self.size * len(prompts))
 
-    def take_parts(self, n):
-        return {}
-
 
 def hollow(network, dtype, fake):
     """A copy without contents of a network on the meta device; adapters are float32, and all that is trained."""
@@ -167,16 +166,14 @@ def hollow_actors(args, models, dtype, autocast, fake):
     return pipe, *(Denoiser(pipe, network, adapter, autocast) for network, adapter in roles)
 
 
-def activations(args, models, mixed_precision, algorithm):
+def activations(args, models, mixed_precision):
     """The most that each phase of a run holds beside weights, optimizers and the average: phase to bytes.
 
     Gradients of what is trained are counted here, where they are: those of generator and TA are never held at once.
 
     Args:
         models ([`Models`]), mixed_precision: as in `plan`.
-        algorithm: (Batch, ta_loss, generator_gradient) of the training script.
     """
-    Batch, ta_loss, generator_gradient = algorithm
     args = Namespace(**{**vars(args), "cfg_interval": (0.0, 1.0)})  # the most: guidance acts on every row
     half = mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
@@ -195,17 +192,15 @@ def activations(args, models, mixed_precision, algorithm):
             step, t = torch.full((b,), n), torch.full((b,), int(pipe.schedule.steps // 2))
             return Batch(["a"] * b, c, z, noise, step, t, eps)
 
-        def ta_step():
+        def ta_phase():
             ta_loss(one, generator, ta).backward()
 
-        def generator_step():
+        def generator_phase():
             x0 = generator.generate(one.z, one.c, one.noise, one.step)
             frozen = [p for p in ta.network.parameters() if p.requires_grad]
             for p in frozen:
                 p.requires_grad_(False)
-            weights = float(args.reward_scale != 0), args.cfg_scale, False
-            options = one, ta, ref, one.c, Reward(args), pipe.decode, *weights, args
-            gradient, _ = generator_gradient(x0, *options)
+            gradient, _ = gradient_at_x0(x0, one, Alpha(args.cfg_scale, float(args.reward_scale != 0)))
             for p in frozen:
                 p.requires_grad_(True)
             x0.backward(gradient)
@@ -221,9 +216,10 @@ def activations(args, models, mixed_precision, algorithm):
                 p.grad = None
 
         one, judged = batch(size), batch(args.num_eval_images)
-        peaks = {"teaching assistant's step": live.highest(ta_step)}
+        gradient_at_x0 = generator_step(args, ta, ref, one.c, Reward(args), pipe.decode)
+        peaks = {"teaching assistant's step": live.highest(ta_phase)}
         without_gradients(ta.network)
-        peaks["generator's step"] = live.highest(generator_step)
+        peaks["generator's step"] = live.highest(generator_phase)
         without_gradients(generator.network)
         peaks["validation"] = live.highest(validation)
     return peaks

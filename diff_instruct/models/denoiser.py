@@ -1,21 +1,12 @@
 """The networks of Algorithm 1 at work: generator g_θ, teaching assistant s_ψ, reference s_ref."""
 
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from diff_instruct.models.lora import acting, lora_layers
-from diff_instruct.objectives import denoising_loss, guide
-
-
-class Guided(NamedTuple):
-    """The reference's estimates x̂0, each (B, C, H, W): of c, of ∅, and guided, ∅ + α_cfg (c − ∅)."""
-
-    cond: torch.Tensor
-    uncond: torch.Tensor
-    guided: torch.Tensor
+from diff_instruct.objectives import Guided, denoising_loss, guide
 
 
 def stacked(c, null):

@@ -71,7 +71,7 @@ def reward_bytes(args):
     return (2 if args.reward_dtype == "bf16" else 4) * sum(trained) + 4 * sum(heldout)
 
 
-def peak(args, models, mixed_precision, algorithm):
+def peak(args, models, mixed_precision):
     """(phase that needs most, its bytes): what is held all the time, and what that phase adds at its highest.
 
     Raises:
@@ -79,7 +79,7 @@ def peak(args, models, mixed_precision, algorithm):
     """
     rows = plan(args, models, mixed_precision).values()
     held = sum(row["weights"] + row["optimizer"] + row["ema"] for row in rows) + reward_bytes(args)
-    phases = activations(args, models, mixed_precision, algorithm)
+    phases = activations(args, models, mixed_precision)
     phase = max(phases, key=phases.get)
     return phase, held + phases[phase]
 
@@ -96,15 +96,15 @@ LEVERS = (
 )  # those first that cost the result least
 
 
-def advice(args, models, mixed_precision, algorithm, memory_gib):
+def advice(args, models, mixed_precision, memory_gib):
     """One line that says whether a run fits into so many GiB: the largest batch, or the flags that make it fit."""
     asked, words = copy.copy(args), []
-    phase, need = peak(asked, models, mixed_precision, algorithm)
+    phase, need = peak(asked, models, mixed_precision)
     line = f"Predicted peak, in the {phase}: {need / GIB:.2f} GiB. "
     if need <= memory_gib * GIB:
         larger = copy.copy(args)
         larger.train_batch_size = 2 * args.train_batch_size
-        each = max(1, peak(larger, models, mixed_precision, algorithm)[1] - need) / args.train_batch_size
+        each = max(1, peak(larger, models, mixed_precision)[1] - need) / args.train_batch_size
         batch = args.train_batch_size + int((memory_gib * GIB - need) / each)
         return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
     for flag, value in LEVERS:
@@ -116,7 +116,7 @@ def advice(args, models, mixed_precision, algorithm, memory_gib):
             continue
         setattr(asked, flag, value)
         words.append(f"--{flag}" if value is True else f"--{flag} {value}")
-        need = peak(asked, models, mixed_precision, algorithm)[1]
+        need = peak(asked, models, mixed_precision)[1]
         if need <= memory_gib * GIB:
             return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."
     return f"{line}It does not fit into {memory_gib:g} GiB: {need / GIB:.2f} GiB even with {' '.join(words)}."
