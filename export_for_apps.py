@@ -74,7 +74,7 @@ def can_write(pipe, path):
 
 def write(pipe, path, folder, name, kinds, prompt):
     """Write each of the kinds; returns the paths, relative to the folder."""
-    family, written = pipe.config.family, []
+    written = []
     folder.mkdir(parents=True, exist_ok=True)
 
     def weights(suffix, state):
@@ -84,7 +84,7 @@ def write(pipe, path, folder, name, kinds, prompt):
         written.append(f"{name}{suffix}.safetensors")
 
     if "single_file" in kinds:
-        weights("", single_file(pipe, family))
+        weights("", single_file(pipe))
     if "network" in kinds and pipe.unet is not None:
         weights("_unet", unet_layout(pipe.unet))
     elif "network" in kinds:  # no original layout in diffusers: its own, which ComfyUI reads; and the VAE

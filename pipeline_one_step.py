@@ -3,21 +3,22 @@
 
 A generator that was trained for it takes a few such steps, one evaluation at each of several fixed timesteps.
 
-It runs the families in `FAMILIES`: PixArt-α, Stable Diffusion and SDXL; and of flow matching SD3, Sana, Z-Image, FLUX,
-Qwen-Image and Lumina 2. This file travels with the weights, so it needs nothing but torch, diffusers and transformers.
-The first half, schedule and pipeline, is what all families share; the second has a class for each.
+This file travels with the weights, so it needs nothing but torch, diffusers and transformers. It holds what all
+families of models share: the schedule, the pipeline, and what a family must say. In an export the class of its one
+family follows; in the project each has a file of its own in `diff_instruct/families`.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
     image = pipe("a red apple").images[0]
 """
 
-import inspect
 import json
 import os
-import shutil
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -26,9 +27,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+if __name__.startswith("diffusers_modules."):
+    sys.modules.pop(__name__, None)  # or diffusers would run the file of the next export inside this module
+
+
 def device_of(module):
     """Where a module computes: with accelerate's offloading its weights may be elsewhere, or nowhere yet."""
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None) or module.device
+
+
+def compute_dtype(network):
+    """The dtype that a network computes in: of its first weight that is neither an adapter's, nor rounded to a
+    quantised type, nor kept in float32."""
+    left_out = (*(network._keep_in_fp32_modules or ()), "lora_")
+    weights = (p for k, p in network.named_parameters() if not any(word in k for word in left_out))
+    return next(p.dtype for p in weights if p.is_floating_point())
 
 
 class Schedule:
@@ -126,8 +139,7 @@ class OneStepPipeline(DiffusionPipeline):
         transformer, unet: the generator, one of the two.
         scheduler: holds the noise schedule and the prediction type; it is not stepped here.
         timestep (`int` or `list[int]`): t*, the timestep at which the generator was trained; or n descending ones.
-        family (`str`): class name of the stock pipeline, a key of `FAMILIES`; exports that name none are PixArt-α,
-            Stable Diffusion or SDXL.
+        family (`str`): class name of the stock pipeline, the `name` of a [`Family`] that is defined.
         input_noise (`str`, defaults to "unit"): what enters at t*: z ("unit"), or σ_t z ("scaled"), as ComfyUI and
             SIM's checkpoints have it. The same thing at σ = 1.
         max_sequence_length (`int`, defaults to the family's): prompts are cut to this number of tokens.
@@ -138,6 +150,7 @@ class OneStepPipeline(DiffusionPipeline):
             given, or a config value is unknown.
     """
 
+    code = Path(__file__).read_text()  # kept, since another version of this file may take its place
     _optional_components = [
         "tokenizer",
         "text_encoder",
@@ -183,12 +196,9 @@ class OneStepPipeline(DiffusionPipeline):
             unet=unet,
             scheduler=scheduler,
         )
-        family = family or family_of(transformer, unet)
-        if family not in FAMILIES:
-            raise ValueError(f"OneStepPipeline knows no family {family}; it knows {', '.join(FAMILIES)}")
         if input_noise not in ("unit", "scaled"):
             raise ValueError(f"input_noise must be unit or scaled, but is {input_noise}")
-        self.family, self.schedule = FAMILIES[family], Schedule(scheduler)
+        self.family, self.schedule = find_family(family), Schedule(scheduler)
         if embedded_guidance is None and self.denoiser.config.get("guidance_embeds"):
             embedded_guidance = self.family.embedded_guidance
         self.register_to_config(
@@ -251,7 +261,7 @@ class OneStepPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor`, (B, C, H, W): in the scheduler's prediction type; learned-sigma channels are left out.
         """
-        return self.family.denoise(self, network, x_t.to(next(network.parameters()).dtype), t, c).float()
+        return self.family.denoise(self, network, x_t.to(compute_dtype(network)), t, c).float()
 
     def estimate(self, network, x_t, t, c):
         """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
@@ -371,21 +381,26 @@ class OneStepPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
-        """Write `model_index.json` in the form that names this file, and the file itself beside it."""
+        """Write `model_index.json` in the form that names its own code, and this code, with its family, beside it."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        source, index = inspect.getfile(type(self)), os.path.join(save_directory, self.config_name)
+        index = os.path.join(save_directory, self.config_name)
         with open(index) as f:
             config = json.load(f)
         config["_class_name"] = ["pipeline_one_step", type(self).__name__]
         with open(index, "w") as f:
             json.dump(config, f, indent=2)
             f.write("\n")
-        target = os.path.join(save_directory, "pipeline_one_step.py")
-        if not (os.path.exists(target) and os.path.samefile(source, target)):
-            shutil.copyfile(source, target)
+        Path(save_directory, "pipeline_one_step.py").write_text(self.family.code or self.code)
 
 
-# The families: how each encodes prompts, calls its network and decodes latents.
+# What a family must say, and what several of them share.
+
+
+# Ends of the names of layers that get adapters, as diffusers calls them in most networks.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
 class Grid(NamedTuple):
@@ -399,17 +414,41 @@ class Grid(NamedTuple):
 
 
 class Family:
-    """What tells one family of models from another; a stock pipeline's class name finds its own in `FAMILIES`.
+    """What tells one family of models from another: one subclass, in one file, named by its stock pipeline.
 
-    Each has, as static or class methods,
+    The methods are how it encodes prompts, calls its network and decodes latents, in training as in an export. Each
+    has, as static or class methods,
     `encode_prompt(pipe, prompt)`: c, a `dict` of tensors with B rows, of a list of B prompts;
-    `denoise(pipe, network, x_t, t, c)`: the network's output (B, C, H, W) for x_t (B, C, H, W), in its own dtype.
+    `denoise(pipe, network, x_t, t, c)`: the network's output (B, C, H, W) for x_t (B, C, H, W), in its own dtype, of
+    the kind that the [`Schedule`] says: another clock, sign, packing stay inside.
     """
 
+    name = None  # class name of the stock pipeline
+    denoiser = "transformer"  # name of its network, or "unet"
+    flow = True  # whether it matches flows; else its schedule has betas
+    timestep = 1000  # t*, where a generator is evaluated if nobody says; flow matching starts at σ = 1
     conditions = {}  # what c consists of, and the arguments of the pipeline that give it
     max_sequence_length = None  # tokens that prompts are cut to, where the tokenizer does not say
     embedded_guidance = None  # of networks that take a guidance scale as an input: the stock's
     null_prompt = ""  # what ∅ is the encoding of
+    has_null = True  # whether the reference knows ∅, so whether α_cfg may be other than 1
+    renormalised = None  # what the stock does to guidance that is not ∅ + α (c − ∅) and cannot be turned off
+    unused = ()  # parts of the stock pipeline that text-to-image does not need
+    options = {}  # arguments with which the stock pipeline draws just what it is asked for
+    unguided = {"guidance_scale": 1.0}  # its arguments for c alone
+    lora_targets = (*ATTENTION, *FEED_FORWARD)  # ends of layers' names
+    code = None  # the whole file of an export, where the family is defined outside of it
+    apps = None  # layouts and numbers of other programs, see `diff_instruct/export/apps.py`
+
+    @classmethod
+    def stock(cls):
+        """Class of the stock pipeline; diffusers imports it when it is asked for."""
+        return getattr(diffusers, cls.name)
+
+    @classmethod
+    def has_lora_files(cls):
+        """Whether the stock pipeline loads LoRA files."""
+        return hasattr(cls.stock(), "save_lora_weights")
 
     @classmethod
     def encode_null(cls, pipe):
@@ -429,83 +468,67 @@ class Family:
         latents = x0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
 
-
-class PixArtAlpha(Family):
-    """PixArt-α: a transformer with learned sigma that attends to T5's states, under their mask."""
-
-    max_sequence_length = 120
-    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    @staticmethod
+    def guide(alpha, embedded, n):
+        """Arguments of the stock pipeline for ∅ + α (c − ∅) of n prompts, and an embedded guidance."""
+        return {"guidance_scale": alpha}
 
     @staticmethod
-    def encode_prompt(pipe, prompt):
-        prompt, length = [p.lower().strip() for p in prompt], pipe.config.max_sequence_length
-        tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(device_of(pipe.text_encoder))
-        embeds = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
+    def tokens(x):
+        """Latents (B, C, H, W) in the form in which the stock's sampler holds them and draws noise."""
+        return x
 
     @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        micro = {"resolution": None, "aspect_ratio": None}
-        if pipe.denoiser.config.sample_size == 128:  # PixArt-α at 1024 pixels is also conditioned on the size
-            height, width = (n * pipe.grid.factor for n in x_t.shape[-2:])
-            size = torch.tensor([[height, width]], dtype=x_t.dtype, device=x_t.device)
-            ratio = torch.tensor([[height / width]], dtype=x_t.dtype, device=x_t.device)
-            micro = {"resolution": size.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}
-        output = network(
-            x_t,
-            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
-            encoder_attention_mask=c["encoder_attention_mask"],
-            timestep=t,
-            added_cond_kwargs=micro,
-            return_dict=False,
-        )[0]
-        return output[:, : x_t.shape[1]]  # the rest is the learned sigma
+    def from_tokens(tokens, shape):
+        """The inverse of `tokens`, for latents of this shape."""
+        return tokens
 
-
-class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x: a UNet that attends to all of CLIP's states, without a mask."""
-
-    conditions = {"encoder_hidden_states": "prompt_embeds"}
+    @classmethod
+    def stock_latents(cls, z):
+        """Latents (B, C, H, W) in the form of the stock's argument `latents`."""
+        return z
 
     @staticmethod
-    def encode_prompt(pipe, prompt):
-        tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return {"encoder_hidden_states": pipe.text_encoder(tokens.input_ids.to(device_of(pipe.text_encoder)))[0]}
+    def text_node(pipe):
+        """The node of ComfyUI that encodes a prompt for an export, `pipe`."""
+        return "CLIPTextEncode"
 
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        return network(x_t, t, encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype), return_dict=False)[0]
+    @classmethod
+    def stock_setup(cls):
+        """Lines of Python that make `stock`, the stock pipeline around the parts of an export, `pipe`."""
+        if cls.flow:
+            return f"from diffusers import {cls.name}\nstock = {cls.name}.from_pipe(pipe)\n"
+        scheduler = "scheduler=LCMScheduler.from_config(pipe.scheduler.config)"
+        return f"from diffusers import LCMScheduler, {cls.name}\nstock = {cls.name}.from_pipe(pipe, {scheduler})\n"
+
+    @classmethod
+    def stock_arguments(cls, pipe):
+        """Arguments, beside the prompt, with which the stock pipeline takes the steps of an export, `pipe`."""
+        steps = {"num_inference_steps": len(pipe.timesteps)}
+        if cls.flow:
+            steps["sigmas"] = [t / pipe.schedule.steps for t in pipe.timesteps]
+        else:
+            steps["timesteps"] = pipe.timesteps
+        return {**steps, **cls.unguided, **cls.options}
 
 
-class StableDiffusionXL(Family):
-    """SDXL: a UNet that attends to the states of two CLIPs, and is conditioned on a pooled one and on the size."""
+def find_family(name):
+    """The [`Family`] of a stock pipeline's class name, among those that are defined.
 
-    conditions = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        states = []
-        for tokenizer, text_encoder in (
-            (pipe.tokenizer, pipe.text_encoder),
-            (pipe.tokenizer_2, pipe.text_encoder_2),
-        ):
-            tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-            output = text_encoder(tokens.input_ids.to(device_of(text_encoder)), output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": output.text_embeds}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        height, width = (n * pipe.grid.factor for n in x_t.shape[-2:])
-        size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x_t.device)
-        return network(
-            x_t,
-            t,
-            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
-            added_cond_kwargs={"text_embeds": c["text_embeds"].to(x_t.dtype), "time_ids": size.repeat(len(x_t), 1)},
-            return_dict=False,
-        )[0]
+    Raises:
+        ValueError: if there is none: an export's own file holds its family, the package `diff_instruct` all.
+    """
+    found, classes = {}, [Family]
+    while classes:
+        cls = classes.pop()
+        found[cls.name] = cls
+        classes += cls.__subclasses__()
+    if name is None or name not in found:
+        raise ValueError(
+            f"no family {name} is defined here: load an export with DiffusionPipeline.from_pretrained(..., "
+            "trust_remote_code=True), whose own file defines it, or import diff_instruct.families"
+        )
+    return found[name]
 
 
 def tokenize(tokenizer, text_encoder, prompt, length=None):
@@ -551,294 +574,3 @@ def positions(height, width, axes, device):
     ids[..., 1] += torch.arange(height, device=device)[:, None]
     ids[..., 2] += torch.arange(width, device=device)
     return ids.view(-1, axes)
-
-
-class StableDiffusion3(Family):
-    """SD3 and 3.5: a transformer that attends to the states of two CLIPs and of T5, padding included; pooled CLIPs."""
-
-    max_sequence_length = 256
-    conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        states, pooled = [], []
-        for tokenizer, text_encoder in (
-            (pipe.tokenizer, pipe.text_encoder),
-            (pipe.tokenizer_2, pipe.text_encoder_2),
-        ):
-            tokens = tokenize(tokenizer, text_encoder, prompt)
-            output = text_encoder(tokens.input_ids, output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-            pooled.append(output.text_embeds)
-        clips, length = torch.cat(states, dim=-1), pipe.config.max_sequence_length
-        if pipe.text_encoder_3 is None:  # the model may be used without its largest encoder
-            t5 = clips.new_zeros(len(clips), length, pipe.denoiser.config.joint_attention_dim)
-        else:
-            tokens = tokenize(pipe.tokenizer_3, pipe.text_encoder_3, prompt, length)
-            t5 = pipe.text_encoder_3(tokens.input_ids)[0]
-        clips = torch.nn.functional.pad(clips, (0, t5.shape[-1] - clips.shape[-1]))
-        embeds = torch.cat([clips, t5.to(clips.device)], dim=1)
-        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat(pooled, dim=-1)}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        c = {k: v.to(x_t.dtype) for k, v in c.items()}
-        return network(hidden_states=x_t, timestep=t, **c, return_dict=False)[0]
-
-
-class Sana(Family):
-    """Sana: a transformer that attends to Gemma's states, under their mask; the instruction before each prompt is the
-    stock's, and is cut off again."""
-
-    max_sequence_length = 300
-    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        from diffusers import SanaPipeline  # here: nobody else waits for it
-
-        stock_call = inspect.signature(SanaPipeline.__call__).parameters
-        instruction = "\n".join(stock_call["complex_human_instruction"].default)
-        return Sana.encode(pipe, prompt, instruction, len(pipe.tokenizer.encode(instruction)) - 2)
-
-    @classmethod
-    def encode_null(cls, pipe):
-        return cls.encode(pipe, [""])  # without the instruction
-
-    @staticmethod
-    def encode(pipe, prompt, instruction="", length=0):
-        kept, prompt = pipe.config.max_sequence_length, [instruction + p.lower().strip() for p in prompt]
-        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, length + kept)
-        embeds = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        c = {"encoder_hidden_states": embeds, "encoder_attention_mask": tokens.attention_mask}
-        return {k: torch.cat([v[:, :1], v[:, 1 - kept :]], dim=1) for k, v in c.items()}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c, **options):
-        options = options or {"timestep": t * pipe.denoiser.config.timestep_scale}
-        mask, c = c["encoder_attention_mask"], c["encoder_hidden_states"].to(x_t.dtype)
-        output = network(x_t, encoder_hidden_states=c, encoder_attention_mask=mask, return_dict=False, **options)
-        return output[0][:, : x_t.shape[1]]
-
-    @staticmethod
-    def grid(network, vae):
-        factor = 2 ** (len(vae.encoder_block_out_channels) - 1)
-        return Grid(network.in_channels, factor, factor * network.patch_size, network.sample_size * factor)
-
-
-class SanaSprint(Sana):
-    """Sana-Sprint: Sana with guidance as an input. It knows no ∅. Its trigonometric flow at angle a is the straight
-    one at σ = sin a / (sin a + cos a), which is what its network takes as the time."""
-
-    embedded_guidance = 4.5
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        guidance = pipe.config.embedded_guidance * pipe.denoiser.config.guidance_embeds_scale
-        guidance = torch.full((len(t),), guidance, dtype=x_t.dtype, device=t.device)
-        return Sana.denoise(pipe, network, x_t, t, c, timestep=t / pipe.schedule.steps, guidance=guidance)
-
-
-class ZImage(Family):
-    """Z-Image: a transformer over the tokens of image and prompt (Qwen3's states of a chat); x0 − ε, time runs up."""
-
-    max_sequence_length = 512
-    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        return masked_states(pipe, chats(pipe, prompt, enable_thinking=True))
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        time, images = (pipe.schedule.steps - t) / pipe.schedule.steps, list(x_t.unsqueeze(2).unbind())
-        output = network(images, time, masked_tokens(c, x_t.dtype), return_dict=False)[0]
-        return -torch.stack(output).squeeze(2)
-
-    @staticmethod
-    def grid(network, vae):
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        return Grid(network.in_channels, factor, 2 * factor, 128 * factor)
-
-
-class Flux(Family):
-    """FLUX.1: a transformer over the tokens of image and prompt (T5's states, padding included), with CLIP's pooled
-    state; dev takes guidance as an input."""
-
-    max_sequence_length = 512
-    conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
-    embedded_guidance = 3.5
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt)
-        pooled = pipe.text_encoder(tokens.input_ids).pooler_output
-        tokens = tokenize(pipe.tokenizer_2, pipe.text_encoder_2, prompt, pipe.config.max_sequence_length)
-        return {"encoder_hidden_states": pipe.text_encoder_2(tokens.input_ids)[0], "pooled_projections": pooled}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        c, guidance = {k: v.to(x_t.dtype) for k, v in c.items()}, pipe.config.embedded_guidance
-        output = network(
-            hidden_states=pack(x_t),
-            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
-            guidance=None if guidance is None else torch.full((len(t),), guidance, device=t.device),
-            txt_ids=torch.zeros(c["encoder_hidden_states"].shape[1], 3, device=t.device),
-            img_ids=positions(x_t.shape[2] // 2, x_t.shape[3] // 2, 3, t.device),
-            return_dict=False,
-            **c,
-        )
-        return unpack(output[0], x_t.shape)
-
-    @staticmethod
-    def grid(network, vae):
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
-
-
-class Flux2Klein(Family):
-    """FLUX.2 klein: a transformer over the tokens of image and prompt (three of Qwen3's states of a chat, padding
-    included). A latent is a 2×2 patch of the VAE's, normalised by the VAE's batch statistics."""
-
-    max_sequence_length = 512
-    conditions = {"encoder_hidden_states": "prompt_embeds"}
-
-    @staticmethod
-    def encode_prompt(pipe, prompt):
-        prompt = chats(pipe, prompt, enable_thinking=False)
-        tokens = tokenize(pipe.tokenizer, pipe.text_encoder, prompt, pipe.config.max_sequence_length)
-        options = {"attention_mask": tokens.attention_mask, "output_hidden_states": True, "use_cache": False}
-        states = pipe.text_encoder(tokens.input_ids, **options).hidden_states
-        return {"encoder_hidden_states": torch.cat([states[k] for k in (9, 18, 27)], dim=-1)}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        (b, _, height, width), c = x_t.shape, c["encoder_hidden_states"].to(x_t.dtype)
-        txt_ids = torch.zeros(b, c.shape[1], 4, device=t.device)
-        txt_ids[..., 3] += torch.arange(c.shape[1], device=t.device)
-        output = network(
-            hidden_states=x_t.flatten(2).transpose(1, 2),
-            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
-            guidance=None,
-            encoder_hidden_states=c,
-            txt_ids=txt_ids,
-            img_ids=positions(height, width, 4, t.device).expand(b, -1, -1),
-            return_dict=False,
-        )
-        return output[0].transpose(1, 2).reshape(x_t.shape)
-
-    @staticmethod
-    def grid(network, vae):
-        factor = 2 ** len(vae.block_out_channels)
-        return Grid(network.in_channels, factor, factor, 64 * factor)
-
-    @staticmethod
-    def decode(pipe, x0):
-        statistics, (b, c, h, w) = pipe.vae.bn, x0.shape
-        std = (statistics.running_var.to(x0) + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
-        x0 = (x0 * std + statistics.running_mean.to(x0).view(1, -1, 1, 1)).view(b, c // 4, 2, 2, h, w)
-        latents = x0.permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-
-
-class QwenImage(Family):
-    """Qwen-Image: a transformer over the tokens of image and prompt (Qwen2.5-VL's states of a chat, without those of
-    the system's message), under a mask; the VAE is that of a video, here of one frame."""
-
-    max_sequence_length = 512
-    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
-    null_prompt = " "
-    template = (  # what the model was trained with, 34 tokens before the prompt
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-        "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    before = 34
-
-    @classmethod
-    def encode_prompt(cls, pipe, prompt):
-        options = {"padding": True, "padding_side": "right", "truncation": True, "return_tensors": "pt"}
-        prompt, length = [cls.template.format(p) for p in prompt], pipe.config.max_sequence_length
-        tokens = pipe.tokenizer(prompt, max_length=length + cls.before, **options).to(device_of(pipe.text_encoder))
-        mask = tokens.attention_mask
-        states = pipe.text_encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        return {"encoder_hidden_states": states[-1][:, cls.before :], "encoder_attention_mask": mask[:, cls.before :]}
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        b, _, height, width = x_t.shape
-        output = network(
-            hidden_states=pack(x_t),
-            timestep=t.to(x_t.dtype) / pipe.schedule.steps,
-            encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype),
-            encoder_hidden_states_mask=c["encoder_attention_mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * b,
-            return_dict=False,
-        )
-        return unpack(output[0], x_t.shape)
-
-    @staticmethod
-    def grid(network, vae):
-        factor = 2 ** len(vae.temperal_downsample)
-        return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
-
-    @staticmethod
-    def decode(pipe, x0):
-        """Through the VAE's parts: its `decode` clamps, and beyond [−1, 1] a reward would have no gradient."""
-        vae = pipe.vae
-        if hasattr(vae, "_hf_hook"):  # with accelerate's offloading
-            vae._hf_hook.pre_forward(vae)
-        mean, std = (
-            torch.tensor(v, device=x0.device).view(1, -1, 1, 1)
-            for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = (x0 * std + mean).to(vae.dtype).unsqueeze(2)
-        return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
-
-
-class Lumina2(Family):
-    """Lumina-Image 2.0: a transformer over the tokens of image and prompt (Gemma's states); x0 − ε, time runs up."""
-
-    max_sequence_length = 256
-    conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
-    instruction = (  # what the model was trained with
-        "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
-        "based on textual prompts or user prompts. <Prompt Start> "
-    )
-
-    @classmethod
-    def encode_prompt(cls, pipe, prompt):
-        return masked_states(pipe, [cls.instruction + p for p in prompt])
-
-    @classmethod
-    def encode_null(cls, pipe):
-        return masked_states(pipe, [""])  # without the instruction
-
-    @staticmethod
-    def denoise(pipe, network, x_t, t, c):
-        mask, c = c["encoder_attention_mask"], c["encoder_hidden_states"].to(x_t.dtype)
-        time, masked = 1 - t / pipe.schedule.steps, {"encoder_hidden_states": c, "encoder_attention_mask": mask}
-        return -network(hidden_states=x_t, timestep=time, **masked, return_dict=False)[0]
-
-
-FAMILIES = {
-    "PixArtAlphaPipeline": PixArtAlpha,
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
-    "SanaPipeline": Sana,
-    "SanaSprintPipeline": SanaSprint,
-    "ZImagePipeline": ZImage,
-    "FluxPipeline": Flux,
-    "Flux2KleinPipeline": Flux2Klein,
-    "QwenImagePipeline": QwenImage,
-    "Lumina2Pipeline": Lumina2,
-}
-
-
-def family_of(transformer, unet):
-    """The class name of the stock pipeline, for exports that do not name it: they are of one of three families."""
-    if transformer is not None:
-        return "PixArtAlphaPipeline"
-    sdxl = unet.config.addition_embed_type == "text_time"
-    return "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"

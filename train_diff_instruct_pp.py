@@ -25,6 +25,7 @@ from diff_instruct.export.export import create_repository, export, save_generato
 from diff_instruct.files import whole
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.memory_plan import advice, plan, table
+from diff_instruct.models.reference import encode_null
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import load_prompts, prompt_sources
@@ -118,7 +119,7 @@ def main(args):
         most = images_per_step * (warmup + (args.ta_steps + 1) * total)
         others = ["", *eval_prompts, *validation_prompts]
         fill_cache(args, encode, train_prompts, others, most, accelerator.process_index, processes)
-    null = models.family.null(actors.stock, pipe, encode)
+    null = encode_null(models.family, actors.stock, pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
     gradient_at_x0 = generator_step(args, ta, ref, null, reward, decode)
 
@@ -240,7 +241,7 @@ def main(args):
     }
     size = [n * models.grid.factor for n in latent_shape[1:]]
     with ref.act(), encode.encoding():  # on all processes: a sharded network is whole on none
-        drawn = draw_reference(models.family, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
+        drawn = draw_reference(models, actors.stock, validation_prompts, judge.noise, size, args.cfg_scale)
     if is_main:
         before = load_file(before_file)
         columns = {"real": real} if real else {}

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.pictures import image_grid
 from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.models.reference import encode_null
 from diff_instruct.prompts.conditioning import Conditioning
 
 
@@ -27,7 +28,7 @@ def guided_estimates(judge, generator=0):
     pipe, rng = judge.before, torch.Generator().manual_seed(generator)
     encode = Conditioning(pipe.encode_prompt, "cpu")
     ref, c = Denoiser(pipe, getattr(judge.stock, judge.models.denoiser)), encode(judge.prompts)
-    null = judge.models.family.null(judge.stock, pipe, encode)
+    null = encode_null(judge.models.family, judge.stock, pipe, encode)
     null = {k: v.expand(len(judge.prompts), *v.shape[1:]) for k, v in null.items()}
     z, eps = (torch.randn(len(judge.prompts), *pipe.latent_shape(), generator=rng) for _ in range(2))
     x0, found = pipe.generate(pipe.denoiser, z, c), {}

@@ -16,6 +16,7 @@ from diff_instruct.evaluation.judge import judge_images
 from diff_instruct.evaluation.noise import fixed_noise
 from diff_instruct.evaluation.pictures import real_pictures
 from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.reference import sample
 from diff_instruct.models.sources import models_of
 from diff_instruct.rewards.loading import load_mix, load_scorers
 from diff_instruct.rewards.specs import read_rewards
@@ -91,7 +92,7 @@ class Judge:
             stock = type(stock).from_pipe(
                 stock, scheduler=DDIMScheduler.from_config(stock.scheduler.config, **TRAILING)
             )
-        return lambda prompts, z: self.models.family.sample(stock, prompts, z, steps, guidance, (side, side))
+        return lambda prompts, z: sample(self.models, stock, prompts, z, steps, guidance, (side, side))
 
 
 def pipelines(folders):

@@ -28,9 +28,8 @@ from diff_instruct.export.export import save_lora
 from diff_instruct.export.layouts import unet_names, vae_names
 from diff_instruct.export.stock import stock_pipeline
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import add_lora, merged
-from pipeline_one_step import OneStepPipeline, Schedule
+from pipeline_one_step import Family, OneStepPipeline, Schedule
 from tests.runs import run
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_sd, tiny_sd2, tiny_unet, tiny_vae
 
@@ -182,8 +181,7 @@ def test_kohya_lora_draws_what_was_trained(one_step, tmp_path, family, alpha):
     plain = draw(stock, pipe.timesteps, prompt=PROMPTS[:2], latents=z)
     network = type(pipe.unet).from_config(pipe.unet.config)
     network.load_state_dict(pipe.unet.state_dict())
-    record = FAMILIES[EXPORTS[family].__name__]
-    add_lora(network, "generator", 2, alpha, record.lora_targets)
+    add_lora(network, "generator", 2, alpha, pipe.family.lora_targets)
     for name, p in network.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
@@ -191,7 +189,7 @@ def test_kohya_lora_draws_what_was_trained(one_step, tmp_path, family, alpha):
     plain_network.load_state_dict({k: make() for k, make in merged(network, "generator").items()})
     pipe.register_modules(unet=plain_network)
     (tmp_path / "apples").mkdir()
-    save_lora(tmp_path / "apples", record, network)
+    save_lora(tmp_path / "apples", pipe.family, network)
     files = export(pipe, tmp_path, "--write", "lora")
     state = load_file(files / "apples_1step_lora.safetensors")
     assert all(key.startswith("lora_unet_") for key in state)
@@ -301,8 +299,9 @@ def test_flow_matching_starts_from_its_own_noise():
     assert levels.text() == "1, 0" and levels.factor == 1 and levels.flow
     levels = apps.noise_levels(Namespace(schedule=schedule, timesteps=[800, 400], config=config))
     assert levels.text(4) == "0.8, 0.4, 0" and levels.factor == pytest.approx(1.25)
-    pipe = Namespace(config=config, scheduler=Namespace(config=None), schedule=schedule, timesteps=[1000])
-    with pytest.raises(Mistake, match="a Other has no layout for other programs; those of StableDiffusionPipeline"):
+    pipe = Namespace(config=config, family=Family, scheduler=Namespace(config=None), schedule=schedule)
+    pipe.timesteps = [1000]
+    with pytest.raises(Mistake, match="a Other has no layout for other programs; those of PixArtAlphaPipeline"):
         apps.find_app(pipe)
     assert "Elsewhere: a Other has no layout" in apps.where_it_runs(pipe, "apples_1step", "fire")
 
@@ -371,7 +370,7 @@ def test_stock_call_of_a_card_draws_the_export_s_picture_from_scaled_noise(one_s
     pipe = one_step("sd", input_noise="scaled")
     scope = {"pipe": pipe}
     torch.manual_seed(0)
-    call = stock_call(FAMILIES["StableDiffusionPipeline"], pipe, "fire")
+    call = stock_call(pipe, "fire")
     exec(call.replace(").images[0]", ", output_type='pt').images"), scope)
     torch.manual_seed(0)
     z = torch.randn(1, 4, 8, 8)

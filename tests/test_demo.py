@@ -34,7 +34,7 @@ def export(tiny_model, tmp_path):
     stock = PixArtAlphaPipeline.from_pretrained(tiny_model)
     parts = {**dict.fromkeys(OneStepPipeline._optional_components), **stock.components}
     parts["scheduler"] = DDPMScheduler.from_config(stock.scheduler.config, clip_sample=False)
-    OneStepPipeline(**parts, timestep=400).save_pretrained(tmp_path / "apples")
+    OneStepPipeline(**parts, family="PixArtAlphaPipeline", timestep=400).save_pretrained(tmp_path / "apples")
     return tmp_path / "apples"
 
 

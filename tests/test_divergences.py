@@ -8,8 +8,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 import train_diff_instruct_pp as script
+from diff_instruct.families import FAMILIES
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.terms import IKL, DiffusedReward, ScoreDistance
 from diff_instruct.training.arguments import build_parser, parse_args

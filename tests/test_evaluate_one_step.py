@@ -23,7 +23,7 @@ from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.families import FAMILIES
+from diff_instruct.models.sources import ModelSource, read_models
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix
@@ -46,7 +46,7 @@ def export(tiny_model, tmp_path_factory):
     scheduler = DDPMScheduler.from_config(stock.scheduler.config, clip_sample=False, variance_type="fixed_small")
     parts = {**dict.fromkeys(OneStepPipeline._optional_components), **stock.components, "scheduler": scheduler}
     folder = tmp_path_factory.mktemp("exported") / "export"
-    OneStepPipeline(**parts, timestep=400).save_pretrained(folder)
+    OneStepPipeline(**parts, family="PixArtAlphaPipeline", timestep=400).save_pretrained(folder)
     return folder
 
 
@@ -107,7 +107,9 @@ def sha256sum(file):
 def test_figures_are_those_of_the_training_script_s_evaluation(options, export, tiny_pocket):
     result = run(options)["models"]["mine"]["figures"]
     pipe = OneStepPipeline(
-        **{**dict.fromkeys(OneStepPipeline._optional_components), **loaded(export).components}, timestep=400
+        **{**dict.fromkeys(OneStepPipeline._optional_components), **loaded(export).components},
+        family="PixArtAlphaPipeline",
+        timestep=400,
     )
     scorers = load_scorers(read_scorers(["pocket", "pocket_heldout"], tiny_checkpoints(tiny_pocket)), "cpu")
     mix = Mix({"pocket": scorers.pop("pocket")}, {"pocket": 1.0})
@@ -130,7 +132,7 @@ def loaded(folder):
 def test_the_reference_starts_from_the_same_noise_as_the_generators(options, tiny_model, tmp_path):
     """Its pictures are those that the training script draws from `fixed_noise`, the default seed's."""
     run([*options, "--save_images"])
-    stock, family = PixArtAlphaPipeline.from_pretrained(tiny_model), FAMILIES["PixArtAlphaPipeline"]
+    stock, models = PixArtAlphaPipeline.from_pretrained(tiny_model), read_models(ModelSource(tiny_model))
     stock_call, steps = stock.__call__, []
 
     def three_steps(self, *args, num_inference_steps, **kwargs):
@@ -141,7 +143,7 @@ def test_the_reference_starts_from_the_same_noise_as_the_generators(options, tin
         patch.setattr(PixArtAlphaPipeline, "__call__", three_steps)
         for i, prompt in enumerate(PROMPTS):
             noise = fixed_noise((4, 8, 8), i, 2)
-            expected = draw_reference(family, stock, [prompt] * 2, noise, (16, 16), 2.0)
+            expected = draw_reference(models, stock, [prompt] * 2, noise, (16, 16), 2.0)
             for k in range(2):
                 with Image.open(tmp_path / "out" / "images" / "reference" / f"{i:05d}-{k}.png") as image:
                     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255

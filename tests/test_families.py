@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import trained_parameters
+from diff_instruct.models.reference import encode_null
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
@@ -60,7 +60,7 @@ def one_step(stock, timestep, **call):
 def stock_pipeline(family, pipe):
     """As the model card says; the call in its last line is run, too."""
     scope = {"pipe": pipe}
-    exec(stock_call(FAMILIES[STOCK[family].__name__], pipe, "a red apple"), scope)
+    exec(stock_call(pipe, "a red apple"), scope)
     assert scope["image"].size == (16, 16)
     return scope["stock"]
 
@@ -207,7 +207,7 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
     with torch.no_grad():
         c, null = (
             pipe.denoise(reference, z * scale_z, t, e)
-            for e in (encode(["blue cat"]), models.family.null(stock, pipe, encode))
+            for e in (encode(["blue cat"]), encode_null(models.family, stock, pipe, encode))
         )
     torch.testing.assert_close(null + scale * (c - null), guided[:, :4], atol=1e-5, rtol=1e-4)
 
@@ -215,7 +215,7 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
 def test_sdxl_null_is_zero_and_its_empty_prompt_is_not(family_args):
     _, models, stock, pipe = load(family_args("sdxl"))
     encode = Conditioning(pipe.encode_prompt, "cpu")
-    assert all((v == 0).all() for v in models.family.null(stock, pipe, encode).values())
+    assert all((v == 0).all() for v in encode_null(models.family, stock, pipe, encode).values())
     assert all((v != 0).any() for v in encode([""]).values())
 
 

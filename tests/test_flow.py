@@ -2,9 +2,10 @@
 pipeline agree; so do the guided reference and LoRA files. A new family passes these tests, see docs/families.md."""
 
 import json
+import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +13,15 @@ from diffusers import DiffusionPipeline
 
 import evaluate_one_step as evaluation
 import train_diff_instruct_pp as script
-from diff_instruct.export.card import stock_call
 from diff_instruct.export.export import save_lora
+from diff_instruct.families import FAMILIES
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import add_lora, merged, trained_parameters
+from diff_instruct.models.reference import encode_null, sample
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
-from pipeline_one_step import pack, unpack
 from tests.runs import load, watch_actors
 from tests.tiny_flow import FLOW, SIDE, save_tiny_flow
 
@@ -66,31 +66,24 @@ def noise(pipe, n, seed=0):
 
 def stock_images(name, pipe, prompts, z, stock=None):
     """What the stock pipeline draws from z when it is called as the model card says."""
-    family = family_of(name)
     scope, sigma = {"pipe": pipe}, pipe.timesteps[0] / pipe.schedule.steps
     if name == "SanaSprintPipeline":  # it rescales what it is given to its own convention
         z = z / (sigma**2 + (1 - sigma) ** 2) ** 0.5
-    setup, _, call = stock_call(family, pipe, "PROMPTS").partition("image = stock(")
-    exec(setup, scope)
+    exec(pipe.family.stock_setup(), scope)
     if stock is not None:
         stock.scheduler = scope["stock"].scheduler
         scope["stock"] = stock
     scope["stock"].set_progress_bar_config(disable=True)
-    call = call.replace('"PROMPTS"', "list(prompts)").removesuffix(").images[0]").rstrip().rstrip(",")
-    scope |= {"prompts": prompts, "latents": pack(z) if family.packed else z, "size": SIZE}
     torch.manual_seed(7)
-    return eval(f"stock({call}, latents=latents, output_type='pt', **size).images", scope)
+    asked = {**pipe.family.stock_arguments(pipe), "latents": pipe.family.stock_latents(z), "output_type": "pt"}
+    return scope["stock"](prompt=list(prompts), **asked, **SIZE).images
 
 
 def seeded_noise(pipe, z):
     """The noise of the further steps as the stock's sampler draws it: from torch's own generator, some of tokens."""
     torch.manual_seed(7)
-    tokens = (len(z), z[0, 0].numel(), z.shape[1])
-    if FAMILIES[pipe.config.family].packed:
-        return [unpack(torch.randn(pack(z).shape), z.shape) for _ in pipe.timesteps[1:]]
-    if pipe.config.family == "Flux2KleinPipeline":
-        return [torch.randn(tokens).transpose(1, 2).reshape(z.shape) for _ in pipe.timesteps[1:]]
-    return [torch.randn(z.shape) for _ in pipe.timesteps[1:]]
+    family = pipe.family
+    return [family.from_tokens(torch.randn(family.tokens(z).shape), z.shape) for _ in pipe.timesteps[1:]]
 
 
 def ours(pipe, prompts, z, act=nullcontext):
@@ -124,15 +117,14 @@ def test_guided_reference_is_that_of_the_stock_pipeline(flow_args, name):
     _, models, stock, pipe = load(flow_args(name, "--timestep", 800))
     encode, z, scale = Conditioning(pipe.encode_prompt, "cpu"), noise(pipe, len(PROMPTS)), 3.0
     reference = Denoiser(pipe, getattr(stock, models.denoiser))
-    null = {k: v.expand(len(z), *v.shape[1:]) for k, v in models.family.null(stock, pipe, encode).items()}
+    null = {k: v.expand(len(z), *v.shape[1:]) for k, v in encode_null(models.family, stock, pipe, encode).items()}
     t = torch.full((len(z),), 800)
     with torch.no_grad():
         guided = reference.guided(z, t, encode(PROMPTS), null, scale)
         pixels = pipe.decode(guided.guided).clamp(0, 1)
     assert (guided.cond - guided.uncond).abs().max() > 1e-2
     stock.scheduler = pipe.scheduler
-    family = replace(models.family, options={**models.family.options, "sigmas": [0.8]})
-    drawn = family.sample(stock, PROMPTS, z, 1, scale, (SIDE, SIDE))
+    drawn = sample(models, stock, PROMPTS, z, 1, scale, (SIDE, SIDE), sigmas=[0.8])
     torch.testing.assert_close(drawn, pixels, atol=3e-5, rtol=0)
 
 
@@ -145,7 +137,7 @@ def test_null_is_asked_for_where_guidance_acts(flow_args, monkeypatch, name):
     monkeypatch.setattr(
         Denoiser, "x0", lambda self, x, *rest, x0=Denoiser.x0: asked.append(len(x)) or x0(self, x, *rest)
     )
-    null = {k: v.expand(len(z), *v.shape[1:]) for k, v in models.family.null(stock, pipe, encode).items()}
+    null = {k: v.expand(len(z), *v.shape[1:]) for k, v in encode_null(models.family, stock, pipe, encode).items()}
     t = torch.tensor([500] + [800] * (len(z) - 1))
     with torch.no_grad():
         everywhere, low, nowhere = (
@@ -165,11 +157,9 @@ def test_the_references_own_sampler_draws(flow_args, name):
     _, models, stock, pipe = load(flow_args(name))
     scale, z = 3.0 if models.has_null else 1.0, noise(pipe, 4)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    images = models.family.sample(stock, PROMPTS[:2], z, 3, scale, (SIDE, SIDE), 2, generators)
+    images = sample(models, stock, PROMPTS[:2], z, 3, scale, (SIDE, SIDE), 2, generators)
     assert images.shape == (4, 3, SIDE, SIDE) and images.isfinite().all() and images.std() > 0.01
-    alone = models.family.sample(
-        stock, PROMPTS[1:2], z[2:3], 3, scale, (SIDE, SIDE), 1, torch.Generator().manual_seed(2)
-    )
+    alone = sample(models, stock, PROMPTS[1:2], z[2:3], 3, scale, (SIDE, SIDE), 1, torch.Generator().manual_seed(2))
     torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
 
 
@@ -248,7 +238,7 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
         stock_images(name, again, PROMPTS, seen["z"]),
     ):
         torch.testing.assert_close(drawn, images, atol=1e-5, rtol=0)
-    stock = family_of(name).stock.from_pretrained(args.pretrained_model_name_or_path)
+    stock = family_of(name).stock().from_pretrained(args.pretrained_model_name_or_path)
     untrained = stock_images(name, again, PROMPTS, seen["z"], stock)
     assert (untrained - images).abs().max() > 1e-3
     assert (out / "pytorch_lora_weights.safetensors").is_file() == (lora > 0)
@@ -322,10 +312,11 @@ def test_the_evaluation_draws_one_and_many_steps(flow_args, models, tiny_pocket,
     assert set(figures) == {"mine", "ref"} and figures["mine"] != figures["ref"]
 
 
-def test_an_export_from_before_the_flow_families_loads(tiny_args, tmp_path):
-    """Its `model_index.json` names neither a third text encoder nor a family."""
+def test_an_export_with_the_code_of_version_0_1_loads(tiny_args, tmp_path):
+    """One file with all families; its `model_index.json` may name neither a third text encoder nor a family."""
     *_, pipe = load(tiny_args)
     pipe.save_pretrained(tmp_path / "old")
+    shutil.copyfile(Path(__file__).parent / "data" / "pipeline_0_1.py", tmp_path / "old" / "pipeline_one_step.py")
     index = json.loads((tmp_path / "old" / "model_index.json").read_text())
     for key in ("tokenizer_3", "text_encoder_3", "family", "input_noise", "embedded_guidance"):
         del index[key]

@@ -220,7 +220,8 @@ def test_a_half_precision_vae_is_as_it_was_after_decoding(tmp_path):
     stock.vae.register_to_config(force_upcast=True)
     parts = {**dict.fromkeys(OneStepPipeline._optional_components), **stock.components}
     names = {"vae", "scheduler", *OneStepPipeline._optional_components}
-    pipe = OneStepPipeline(**{k: v for k, v in parts.items() if k in names}, timestep=399)
+    parts = {k: v for k, v in parts.items() if k in names}
+    pipe = OneStepPipeline(**parts, family="StableDiffusionXLPipeline", timestep=399)
     pipe.vae.half()
     x0 = torch.randn(1, 4, 8, 8)
     half = pipe.decode(x0)

@@ -11,11 +11,11 @@ from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
 from diff_instruct.export.tensors import save_network
+from diff_instruct.families import FAMILIES
 from diff_instruct.models import memory_plan
 from diff_instruct.models.activations import Live, activations
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
 from diff_instruct.models.memory_plan import GIB
 from diff_instruct.models.sources import models_of

@@ -22,7 +22,9 @@ def pipe(tiny_model):
     stock = PixArtAlphaPipeline.from_pretrained(tiny_model)
     scheduler = DDPMScheduler.from_config(stock.scheduler.config, clip_sample=False, variance_type="fixed_small")
     parts = dict.fromkeys(OneStepPipeline._optional_components)
-    return OneStepPipeline(**{**parts, **stock.components, "scheduler": scheduler}, timestep=400)
+    return OneStepPipeline(
+        **{**parts, **stock.components, "scheduler": scheduler}, family="PixArtAlphaPipeline", timestep=400
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_mistakes_are_named(pipe, call, message):
 @pytest.mark.parametrize("timestep", [None, -1, 1000])
 def test_t_star_must_be_in_the_schedule(pipe, timestep):
     with pytest.raises(ValueError, match="timestep t\\*"):
-        OneStepPipeline(**pipe.components, timestep=timestep)
+        OneStepPipeline(**pipe.components, family=pipe.config.family, timestep=timestep)
 
 
 def test_push_to_hub_uploads_the_pipeline_and_nothing_else(tiny_args, tmp_path, monkeypatch, capsys):

@@ -13,10 +13,8 @@ from accelerate.state import AcceleratorState
 import demo
 import evaluate_one_step
 import export_for_apps
-import pipeline_one_step
 import train_diff_instruct_pp
 from diff_instruct.evaluation.candidates import Contender
-from diff_instruct.models import families
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import build_parser, parse_args
 from tests.tiny import PROMPTS
@@ -168,8 +166,6 @@ def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, m
         (tmp_path / name).symlink_to(ROOT / name)
     prompts = tmp_path / "tiny_prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    for module in (families, pipeline_one_step):  # docs/design.md adds to them
-        monkeypatch.setattr(module, "FAMILIES", dict(module.FAMILIES))
     names = {"__name__": "page"}
     for language, text in blocks(page):
         if language == "bash":

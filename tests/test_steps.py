@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
-from diff_instruct.models.families import FAMILIES
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline
 from tests.runs import history, load, run, same, watch_actors, weights
-from tests.test_families import PREPARE, STOCK
+from tests.test_families import PREPARE
 from tests.tiny import PROMPTS
 
 
@@ -57,7 +56,7 @@ def draws(n, b=3, seed=0):
 def both_images(shipped, family, prompts):
     """What `__call__` gives, then the stock pipeline as the model card says, from the same torch generator."""
     scope, how = {"pipe": shipped}, {"guidance_scale": 0.0, "height": 16, "width": 16}
-    exec(stock_call(FAMILIES[STOCK[family].__name__], shipped, PROMPTS[0]), scope)
+    exec(stock_call(shipped, PROMPTS[0]), scope)
     if family == "pixart":
         how.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
     how.update(num_inference_steps=len(shipped.timesteps), timesteps=shipped.timesteps)
@@ -122,7 +121,7 @@ def test_trained_exported_and_stock_give_the_same_images(
         torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"at each of the timesteps {timesteps[0]}, {timesteps[1]}," in card and "{%" not in card
-    assert stock_call(FAMILIES[STOCK[family].__name__], shipped, PROMPTS[0]) in card
+    assert stock_call(shipped, PROMPTS[0]) in card
 
 
 def test_one_step_is_what_it_was(pipe):
@@ -130,7 +129,7 @@ def test_one_step_is_what_it_was(pipe):
     z, _ = draws(1)
     c = pipe.encode_prompt(PROMPTS[:3])
     for timestep in (400, [400]):
-        one = OneStepPipeline(**pipe.components, timestep=timestep)
+        one = OneStepPipeline(**pipe.components, family=pipe.config.family, timestep=timestep)
         with torch.no_grad():
             output = one.denoise(one.transformer, z, torch.full((3,), 400), c)
             alpha_bar = one.scheduler.alphas_cumprod[400]
@@ -167,7 +166,7 @@ def test_each_sample_returns_its_own_step(pipe):
     with torch.no_grad():
         mixed = pipe.generate(pipe.transformer, z, c, noise, step)
         for i, k in enumerate(step.tolist()):
-            shorter = OneStepPipeline(**pipe.components, timestep=pipe.timesteps[: k + 1])
+            shorter = OneStepPipeline(**pipe.components, family=pipe.config.family, timestep=pipe.timesteps[: k + 1])
             row = slice(i, i + 1)
             alone = shorter.generate(
                 pipe.transformer, z[row], {k: v[row] for k, v in c.items()}, [eps[row] for eps in noise[:k]]
@@ -221,7 +220,9 @@ def test_steps_of_an_exact_denoiser_approach_the_reference_s_law(pipe, timesteps
     """Gaussian world: mean and variance of x0 after each step in closed form; each step lowers KL to N(mean, var)."""
     mean, var, n = 0.8, 0.6, 4000
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
-    exact = OneStepPipeline(**{**pipe.components, "scheduler": scheduler}, timestep=timesteps)
+    exact = OneStepPipeline(
+        **{**pipe.components, "scheduler": scheduler}, family=pipe.config.family, timestep=timesteps
+    )
     network = Exact(scheduler, mean, var)
     z, noise = draws(4, b=n)
     c = {"encoder_hidden_states": torch.zeros(n, 1, 1), "encoder_attention_mask": torch.ones(n, 1)}
@@ -306,7 +307,7 @@ def test_mistakes_end_with_one_line_and_write_nothing(tiny_args, tmp_path, optio
 )
 def test_the_pipeline_s_own_mistakes(pipe, timestep, message):
     with pytest.raises(ValueError, match=message):
-        OneStepPipeline(**pipe.components, timestep=timestep)
+        OneStepPipeline(**pipe.components, family=pipe.config.family, timestep=timestep)
 
 
 def test_forgotten_noise_is_named(pipe):

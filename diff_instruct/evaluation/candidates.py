@@ -8,9 +8,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.constants import HF_MODULES_CACHE
 from filelock import FileLock
 
+from diff_instruct.families import FAMILIES, find_family
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.families import FAMILIES, find_family
 from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.reference import sample
 from diff_instruct.models.sources import (
     WEIGHT_FILES,
     ModelSource,
@@ -20,7 +21,6 @@ from diff_instruct.models.sources import (
     read_index,
     read_models,
 )
-from pipeline_one_step import family_of
 
 
 OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "noise": str, "variant": str}
@@ -134,8 +134,8 @@ def check_one_step(path, index, resolution, cache_dir):
     """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
     names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
     networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
-    name = index.get("family") or family_of(networks.get("transformer"), networks.get("unet"))
-    check_resolution(resolution, grid_of(find_family(name, path), networks), path)
+    if "family" in index:  # the first exports do not name it; their own code checks the size
+        check_resolution(resolution, grid_of(find_family(index["family"], path), networks), path)
 
 
 def load(contender, models, resolution, cache_dir, dtype, device):
@@ -181,13 +181,13 @@ def one_step(pipe, resolution):
 
 def multi_step(models, stock, contender, resolution):
     """`load` of a stock pipeline that is sampled in several steps with its own scheduler."""
-    grid, family, guidance = models.grid, models.family, contender.guidance
+    grid, guidance = models.grid, contender.guidance
     if models.networks[models.denoiser].config.get("guidance_embeds"):  # what one calls guidance is its input
-        family, guidance = replace(family, embedded_guidance=guidance), 1.0
+        models, guidance = replace(models, embedded_guidance=guidance), 1.0
     side = resolution or grid.side
 
     def draw(prompts, n, z, generators):
         options = contender.steps, guidance, (side, side)
-        return family.sample(stock, prompts, z, *options, num_images=n, generator=generators)
+        return sample(models, stock, prompts, z, *options, num_images=n, generator=generators)
 
     return draw, (grid.channels, side // grid.factor, side // grid.factor)

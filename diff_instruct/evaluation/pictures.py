@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from diff_instruct.evaluation.noise import further_noise
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.reference import sample
 
 
 REFERENCE_STEPS = 25
@@ -119,7 +120,7 @@ def draw(generator, encode, prompts, noise):
 
 
 @torch.no_grad()
-def draw_reference(family, stock, prompts, noise, size, cfg_scale, steps=REFERENCE_STEPS):
+def draw_reference(models, stock, prompts, noise, size, cfg_scale, steps=REFERENCE_STEPS):
     """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance, one by one."""
-    pictures = [family.sample(stock, [c], z[None], steps, cfg_scale, size) for c, z in zip(prompts, noise)]
+    pictures = [sample(models, stock, [c], z[None], steps, cfg_scale, size) for c, z in zip(prompts, noise)]
     return torch.cat(pictures)

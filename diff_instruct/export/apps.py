@@ -7,12 +7,13 @@ ComfyUI and stable-diffusion.cpp count noise as k-diffusion does, σ_k = σ_t / 
 
 from dataclasses import dataclass
 
+from diff_instruct.families import FAMILIES
 from diff_instruct.mistake import Mistake
 
 
 @dataclass(frozen=True)
 class App:
-    """What is known of a family outside diffusers.
+    """What is known of a family outside diffusers: its `apps`.
 
     Args:
         betas: (schedule, first, last) that the programs take the family to have, whatever the export says; None for
@@ -23,16 +24,11 @@ class App:
     """
 
     betas: tuple | None
-    single_file: bool
-    task: str | None
-    stable_diffusion_cpp: bool
+    single_file: bool = False
+    task: str | None = None
+    stable_diffusion_cpp: bool = False
 
 
-APPS = {
-    "StableDiffusionPipeline": App(("scaled_linear", 0.00085, 0.012), True, "stable-diffusion", True),
-    "StableDiffusionXLPipeline": App(("scaled_linear", 0.00085, 0.012), True, "stable-diffusion-xl", True),
-    "PixArtAlphaPipeline": App(("linear", 0.0001, 0.02), False, None, False),
-}
 # What core ComfyUI calls prediction types in its node ModelSamplingDiscrete; without the node it takes epsilon.
 SAMPLING = {"v_prediction": "v_prediction", "sample": "x0"}
 
@@ -81,9 +77,10 @@ def find_app(pipe):
         Mistake: if other programs do not know the family, or not with this noise schedule.
     """
     family, config = pipe.config.family, pipe.scheduler.config
-    if family not in APPS:
-        raise Mistake(f"a {family} has no layout for other programs; those of {', '.join(APPS)} have one")
-    app = APPS[family]
+    if pipe.family.apps is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.apps)
+        raise Mistake(f"a {family} has no layout for other programs; those of {known} have one")
+    app = App(**pipe.family.apps)
     if app.betas is not None:
         own = (config.beta_schedule, config.beta_start, config.beta_end)
         if own != app.betas or config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
@@ -117,7 +114,7 @@ def workflow(pipe, name, prompt, seed=0):
         nodes[str(len(nodes) + 1)] = {"class_type": class_type, "inputs": inputs}
         return str(len(nodes))
 
-    if APPS[pipe.config.family].single_file:
+    if find_app(pipe).single_file:
         checkpoint = node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
         model, clip, vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
     else:
@@ -127,11 +124,9 @@ def workflow(pipe, name, prompt, seed=0):
     if pipe.schedule.prediction_type in SAMPLING:
         sampling = SAMPLING[pipe.schedule.prediction_type]
         model = [node("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False), 0]
-    micro = pipe.config.family == "PixArtAlphaPipeline" and pipe.denoiser.config.sample_size == 128
-    if micro:
-        text = [node("CLIPTextEncodePixArtAlpha", text=prompt, width=width, height=height, clip=clip), 0]
-    else:
-        text = [node("CLIPTextEncode", text=prompt, clip=clip), 0]
+    encoder = pipe.family.text_node(pipe)
+    size = {"width": width, "height": height} if encoder != "CLIPTextEncode" else {}
+    text = [node(encoder, text=prompt, **size, clip=clip), 0]
     latent = [node("EmptyLatentImage", width=width, height=height, batch_size=1), 0]
     if not levels.flow:
         noise = node("RandomNoise", noise_seed=seed)
@@ -161,7 +156,7 @@ def stable_diffusion_cpp(pipe, name, prompt):
         Mistake: if it does not draw the family, or not from unit noise, which it has no argument for.
     """
     levels, (_, height, width) = noise_levels(pipe), pipe.latent_shape()
-    if not APPS[pipe.config.family].stable_diffusion_cpp:
+    if not find_app(pipe).stable_diffusion_cpp:
         raise Mistake(f"stable-diffusion.cpp does not draw a {pipe.config.family}")
     if abs(levels.factor - 1) > 0.005:
         raise Mistake(
@@ -182,7 +177,7 @@ def openvino(pipe, name):
     Raises:
         Mistake: if optimum has no task for the family.
     """
-    task = APPS[pipe.config.family].task
+    task = find_app(pipe).task
     if task is None:
         raise Mistake(f"optimum-cli exports no {pipe.config.family} to OpenVINO")
     return f"optimum-cli export openvino --model {name}_diffusers --task {task} --weight-format fp16 {name}_openvino"

@@ -1,7 +1,6 @@
 """The model card: what was measured, how to use it, what it is made of."""
 
 import json
-import math
 import shlex
 import sys
 from datetime import date
@@ -17,20 +16,17 @@ from diff_instruct.training.record import portable
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LINE = 119  # characters, of code
 EVAL_RESULTS = ".eval_results/heldout_prompts.yaml"
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
 
 
-def stock_call(family, pipe, prompt):
+def stock_call(pipe, prompt):
     """The lines with which an exported generator runs in the stock pipeline of its family."""
-    words = {"prompt": json.dumps(prompt), "steps": len(pipe.timesteps), "timesteps": pipe.timesteps}
-    sigmas = [t / pipe.schedule.steps for t in pipe.timesteps]
-    words |= {
-        "sigmas": sigmas,
-        "angles": [*(math.atan2(s, 1 - s) for s in sigmas), 0.0],
-    }  # σ = sin a / (sin a + cos a)
-    words["guidance"] = pipe.config.embedded_guidance or 0.0
-    call = family.stock_call.format(**words)
+    arguments = [f"prompt={json.dumps(prompt)}", *(f"{k}={v!r}" for k, v in pipe.family.stock_arguments(pipe).items())]
+    call = f"{pipe.family.stock_setup()}image = stock({', '.join(arguments)}).images[0]"
+    if len(call.splitlines()[-1]) > LINE:
+        call = call.replace("image = stock(", "image = stock(\n    ").replace(").images[0]", "\n).images[0]")
     sigma, shape = pipe.schedule.sigmas[pipe.timesteps[0]].item(), ", ".join(map(str, pipe.latent_shape()))
     if pipe.config.input_noise == "unit" or sigma == 1:
         return call
@@ -152,7 +148,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         method=method_of(args).name,
         citations="\n\n".join(method.bibtex for method in dict.fromkeys([METHODS["di++"], method_of(args)])),
         timesteps=pipe.timesteps,
-        stock_call=stock_call(family, pipe, prompt),
+        stock_call=stock_call(pipe, prompt),
         stock_class=stock_class.__name__,
         lora=lora,
         merged=args.lora_rank > 0 and not lora,

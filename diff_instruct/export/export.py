@@ -36,7 +36,7 @@ def save_lora(folder, family, network):
         layers = convert_state_dict_to_diffusers(layers)
     metadata = network.peft_config["generator"].to_dict()
     names = f"{family.denoiser}_lora_layers", f"{family.denoiser}_lora_adapter_metadata"
-    family.stock.save_lora_weights(folder, **dict(zip(names, (layers, metadata))))
+    family.stock().save_lora_weights(folder, **dict(zip(names, (layers, metadata))))
 
 
 def save_generator(args, models, pipe, folder=None):
@@ -45,7 +45,7 @@ def save_generator(args, models, pipe, folder=None):
     All processes call it, without a folder those that write nothing: a sharded generator is gathered from all of them,
     tensor by tensor, as the file is written.
     """
-    if args.lora_rank > 0 and models.family.has_lora_files and models.lora is None:
+    if args.lora_rank > 0 and models.family.has_lora_files() and models.lora is None:
         save_lora(folder, models.family, pipe.denoiser)  # with one to start from, the base is in no stock pipeline
     save_network(pipe.denoiser, folder and folder / models.denoiser, merged(pipe.denoiser, "generator"))
 

@@ -8,7 +8,6 @@ under is the pair of that name. So the pairs are the library's; what is written 
 import torch
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_TO_LDM_MAPPING,
-    LDM_CLIP_PREFIX_TO_REMOVE,
     LDM_UNET_KEY,
     LDM_VAE_KEYS,
     convert_ldm_unet_checkpoint,
@@ -18,8 +17,6 @@ from diffusers.loaders.single_file_utils import (
 
 RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
 VAE_PARTS = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut", "norm", "q", "k", "v", "proj_out")
-OPEN_CLIP = "conditioner.embedders.1.model."
-OPEN_CLIP_SD2 = "cond_stage_model.model."
 
 
 def both(names):
@@ -103,7 +100,7 @@ def clip_state(text_encoder):
     return {f"text_model.{key}": value for key, value in state.items()}
 
 
-def clip_layout(text_encoder, prefix=LDM_CLIP_PREFIX_TO_REMOVE[0]):
+def clip_layout(text_encoder, prefix):
     """A CLIP text encoder's weights as the original layout has OpenAI's."""
     return {prefix + key: value for key, value in clip_state(text_encoder).items()}
 
@@ -139,12 +136,12 @@ def check(network, state):
         raise RuntimeError(f"diffusers' conversion does not give {len(wrong)} weights back, such as {wrong[0]}")
 
 
-def single_file(pipe, family):
+def single_file(pipe):
     """The whole of a Stable Diffusion or SDXL pipeline in the original layout."""
     state = unet_layout(pipe.unet) | vae_layout(pipe.vae)
-    if family == "StableDiffusionXLPipeline":
-        state |= clip_layout(pipe.text_encoder, LDM_CLIP_PREFIX_TO_REMOVE[1])
-        return state | open_clip_layout(pipe.text_encoder_2, OPEN_CLIP)
-    if pipe.unet.config.cross_attention_dim == 1024:  # Stable Diffusion 2
-        return state | open_clip_layout(pipe.text_encoder, OPEN_CLIP_SD2)
-    return state | clip_layout(pipe.text_encoder)
+    for name, (layout, prefix) in pipe.family.original_text_encoders(pipe).items():
+        state |= TEXT_LAYOUTS[layout](getattr(pipe, name), prefix)
+    return state
+
+
+TEXT_LAYOUTS = {"clip": clip_layout, "open_clip": open_clip_layout}

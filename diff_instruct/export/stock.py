@@ -2,8 +2,6 @@
 
 from diffusers import LCMScheduler
 
-from diff_instruct.models.families import FAMILIES
-
 
 def stock_pipeline(pipe):
     """The export's parts in the stock pipeline, with the scheduler that takes its steps.
@@ -11,9 +9,9 @@ def stock_pipeline(pipe):
     It draws the export's pictures from the same z with `timesteps` those of the export and no guidance; if the export
     is one for scaled noise, from σ_t z.
     """
-    family = FAMILIES[pipe.config.family]
+    family = pipe.family
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     parts["scheduler"] = LCMScheduler.from_config(pipe.scheduler.config)
     if "safety_checker" in family.unused:
         parts["requires_safety_checker"] = False
-    return family.stock(**parts, **dict.fromkeys(family.unused))
+    return family.stock()(**parts, **dict.fromkeys(family.unused))

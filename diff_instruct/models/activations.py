@@ -159,7 +159,7 @@ def hollow_actors(args, models, dtype, autocast, fake):
         timestep=models.timestep,
         family=models.family.name,
         input_noise=models.input_noise,
-        embedded_guidance=models.family.embedded_guidance,
+        embedded_guidance=models.embedded_guidance,
     )
     pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
     roles = (own, "generator" if args.lora_rank else None), (ta, "ta" if args.ta_lora_rank else None), (ref, None)

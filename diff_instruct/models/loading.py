@@ -17,7 +17,7 @@ def load_reference(models, dtype):
     if models.vae is not None:
         cls = type(models.networks["vae"])
         parts["vae"] = cls.from_pretrained(models.vae.path, dtype=dtype, **models.vae.options)
-    stock = models.family.stock.from_pretrained(source.path, dtype=dtype, **source.options, **parts)
+    stock = models.family.stock().from_pretrained(source.path, dtype=dtype, **source.options, **parts)
     if models.lora is not None:
         stock.load_lora_weights(models.lora.path, cache_dir=models.lora.cache_dir)
         stock.fuse_lora(components=[models.denoiser], lora_scale=models.lora.scale)
@@ -81,5 +81,5 @@ def load_generator(models, stock, lora_rank=0, lora_alpha=None, share_base=False
         timestep=models.timestep,
         family=models.family.name,
         input_noise=models.input_noise,
-        embedded_guidance=models.family.embedded_guidance,
+        embedded_guidance=models.embedded_guidance,
     )

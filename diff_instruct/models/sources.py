@@ -1,7 +1,7 @@
 """Where models are from, and what can be known of them without their weights: family, t*, sizes, mistakes."""
 
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -13,8 +13,9 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from diff_instruct.families import find_family
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.families import Family, find_family
+from pipeline_one_step import Family
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -66,23 +67,25 @@ class Models:
 
     Args:
         reference ([`ModelSource`]), generator, vae (the same, or None): where they are from.
-        family ([`Family`]): of the reference.
+        family (a subclass of [`Family`]): of the reference.
         networks: name to network of the reference, on the meta device, without memory for its weights.
         timestep: t*, where the generator is evaluated; or a list, if it takes several steps.
         input_noise: "unit" or "scaled", what enters there.
         lora ([`Lora`]): fused into the reference, or None.
         has_null: whether the reference knows ∅, so whether it can be guided.
+        embedded_guidance: of networks that have guidance as an input; None is the family's.
     """
 
     reference: ModelSource
     generator: ModelSource | None
     vae: ModelSource | None
-    family: Family
+    family: type[Family]
     networks: dict
     timestep: int | list[int]
     input_noise: str
     lora: Lora | None = None
     has_null: bool = True
+    embedded_guidance: float | None = None
 
     @property
     def denoiser(self):
@@ -97,7 +100,7 @@ class Models:
 
 def grid_of(family, networks):
     """The `Grid` of the latents of a dictionary of networks."""
-    return family.in_pipeline.grid(networks[family.denoiser].config, networks["vae"].config)
+    return family.grid(networks[family.denoiser].config, networks["vae"].config)
 
 
 def read_index(path, **where):
@@ -245,9 +248,9 @@ def read_models(
     if lora is not None:
         check_lora(lora, family, network)
     guidance = own_guidance if embedded_guidance is None else embedded_guidance
-    family, input_noise = replace(family, embedded_guidance=guidance), own_noise or input_noise or "unit"
     has_null = family.has_null and not index.get("is_distilled")  # FLUX.2 klein says so
-    return Models(reference, generator, vae, family, networks, at, input_noise, lora, has_null)
+    noise = own_noise or input_noise or "unit"
+    return Models(reference, generator, vae, family, networks, at, noise, lora, has_null, guidance)
 
 
 def models_of(args):
@@ -378,10 +381,10 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
 def check_lora(lora, family, network):
     """Raises Mistake if LoRA weights are not there, or not for this network alone."""
     where = f"--reference_lora {lora.path}"
-    if not family.has_lora_files:
+    if not family.has_lora_files():
         raise Mistake(f"{where}: a {family.name} cannot load LoRA weights")
     try:
-        state = family.stock.lora_state_dict(lora.path, cache_dir=lora.cache_dir)
+        state = family.stock().lora_state_dict(lora.path, cache_dir=lora.cache_dir)
     except (OSError, ValueError) as error:
         raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
     state = state[0] if isinstance(state, tuple) else state

@@ -18,7 +18,7 @@ from diff_instruct.command_line import (
     text,
     whole,
 )
-from diff_instruct.models.families import FAMILIES
+from diff_instruct.families import FAMILIES
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
 from diff_instruct.rewards.specs import NAMES
 from diff_instruct.training.methods import METHODS

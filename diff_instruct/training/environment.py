@@ -54,7 +54,7 @@ def check_accelerations(args, models, accelerator):
         raise Mistake("--compile needs a C++ compiler on a CPU, and there is no g++: install it, or set CXX")
     if args.enable_xformers_memory_efficient_attention:
         if models.denoiser != "unet":
-            name = models.family.stock.__name__
+            name = models.family.name
             raise Mistake(f"--enable_xformers_memory_efficient_attention is for UNets, but the reference is a {name}")
         if not is_xformers_available():
             raise Mistake("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
