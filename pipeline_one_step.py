@@ -39,7 +39,7 @@ def device_of(module):
 def compute_dtype(network):
     """The dtype that a network computes in: of its first weight that is neither an adapter's, nor rounded to a
     quantised type, nor kept in float32."""
-    left_out = (*(network._keep_in_fp32_modules or ()), "lora_")
+    left_out = (*(getattr(network, "_keep_in_fp32_modules", None) or ()), "lora_")
     weights = (p for k, p in network.named_parameters() if not any(word in k for word in left_out))
     return next(p.dtype for p in weights if p.is_floating_point())
 
@@ -483,9 +483,9 @@ class Family:
         """The inverse of `tokens`, for latents of this shape."""
         return tokens
 
-    @classmethod
-    def stock_latents(cls, z):
-        """Latents (B, C, H, W) in the form of the stock's argument `latents`."""
+    @staticmethod
+    def stock_latents(z, sigma=1.0):
+        """Noise that is to enter at σ, (B, C, H, W), in the form of the stock's argument `latents`."""
         return z
 
     @staticmethod

@@ -43,8 +43,8 @@ def edit(file, **values):
     [
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
         (
-            edit("model_index.json", _class_name="HiDreamImagePipeline"),
-            "is a HiDreamImagePipeline; supported are PixArt",
+            edit("model_index.json", _class_name="WanPipeline"),
+            "is a WanPipeline, which is not one of the",
         ),
         (lambda f: shutil.rmtree(f / "vae"), "has no vae: expected vae/config.json"),
         (lambda f: shutil.rmtree(f / "unet"), "has no unet: expected unet/config.json"),

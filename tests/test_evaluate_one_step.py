@@ -350,7 +350,7 @@ def test_contenders():
         (["--models", "a=EXPORT,timestep=400"], "knows its own t"),
         (
             ["--models", "a=EXPORT/transformer,base=EXPORT,timestep=400,noise=unit"],
-            "is a OneStepPipeline; supported are",
+            "is a OneStepPipeline, which is not one of the",
         ),
         (["--models", "a=EMPTY"], "has no model_index.json"),
         (["--baseline", "other"], "no model of this name; there are mine, reference"),

@@ -26,10 +26,10 @@ from diff_instruct.models.memory_plan import plan
 from diff_instruct.models.sharding import place, whole
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
+from tests.families import FLOW, save
 from tests.processes import Run
 from tests.runs import QUICK, checkpoints, run, same, trained, weights
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sdxl
-from tests.tiny_flow import FLOW, save_tiny_flow
 
 
 ROOT = Path(script.__file__).parent
@@ -338,7 +338,7 @@ IN_FULL = "ZImagePipeline", "StableDiffusionPipeline"
 )
 def test_networks_of_all_families_are_sharded(tiny_args, tmp_path, monkeypatch, alone, name, options):
     """Nothing in them reads a weight where its block does not compute: passes and gradients are as without."""
-    save_tiny_flow(name, tmp_path / "model") if name in FLOW else OTHERS[name](tmp_path / "model")
+    save(name, tmp_path / "model") if name in FLOW else OTHERS[name](tmp_path / "model")
     command = [*tiny_args, "--pretrained_model_name_or_path", tmp_path / "model", "--cfg_scale", 1, *options]
     sharded = passes_and_gradients(command)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")

@@ -44,9 +44,8 @@ def tiny_tokenizer():
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=120)
 
 
-def tiny_pixart(folder, seed=0):
+def pixart(cls=PixArtAlphaPipeline):
     """A PixArtAlphaPipeline of 16x16 pixels and (4, 8, 8) latents, about 60,000 parameters."""
-    torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
@@ -59,9 +58,17 @@ def tiny_pixart(folder, seed=0):
     for p in transformer.parameters():  # the zero-initialised parts, too, so that every input matters
         torch.nn.init.normal_(p, std=0.1)
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
-    PixArtAlphaPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(
-        folder
-    )
+    return cls(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler)
+
+
+def tiny_pixart(folder, seed=0):
+    return saved(pixart, folder, seed)
+
+
+def saved(build, folder, seed):
+    """A pipeline, built from this seed, in a folder; returns the folder."""
+    torch.manual_seed(seed)
+    build().save_pretrained(folder)
     return str(folder)
 
 
@@ -96,26 +103,31 @@ def tiny_unet(**options):
     return unet.eval()
 
 
-def tiny_sd(folder, seed=0, prediction_type="epsilon"):
+def sd(prediction_type="epsilon"):
     """A StableDiffusionPipeline of 16x16 pixels; with "v_prediction" as Stable Diffusion 2.x."""
-    torch.manual_seed(seed)
     tokenizer, text_encoder = tiny_clip()
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = PNDMScheduler(**schedule, prediction_type=prediction_type, skip_prk_steps=True, steps_offset=1)
     unet = tiny_unet(cross_attention_dim=16)
-    StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         tiny_vae().eval(), text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
-    return str(folder)
+    )
+
+
+def tiny_sd(folder, seed=0):
+    return saved(sd, folder, seed)
+
+
+def sd2():
+    return sd("v_prediction")
 
 
 def tiny_sd2(folder, seed=0):
-    return tiny_sd(folder, seed, "v_prediction")
+    return saved(sd2, folder, seed)
 
 
-def tiny_sdxl(folder, seed=0):
+def sdxl():
     """A StableDiffusionXLPipeline of 16x16 pixels."""
-    torch.manual_seed(seed)
     tokenizer, text_encoder = tiny_clip()
     tokenizer_2, text_encoder_2 = tiny_clip(CLIPTextModelWithProjection)
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -124,10 +136,13 @@ def tiny_sdxl(folder, seed=0):
         projection_class_embeddings_input_dim=16 + 6 * 8, transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
     )  # fmt: skip
-    StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         tiny_vae().eval(), text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler
-    ).save_pretrained(folder)
-    return str(folder)
+    )
+
+
+def tiny_sdxl(folder, seed=0):
+    return saved(sdxl, folder, seed)
 
 
 def tiny_scorer(folder, seed=1):

@@ -50,5 +50,5 @@ def find_family(name, path):
         Mistake: if it is not supported.
     """
     if name not in FAMILIES:
-        raise Mistake(f"{path} is a {name}; supported are {', '.join(FAMILIES)}")
+        raise Mistake(f"{path} is a {name}, which is not one of the {len(FAMILIES)} families of docs/families.md")
     return FAMILIES[name]

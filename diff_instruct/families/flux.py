@@ -60,7 +60,10 @@ class Flux(Family):
 
     tokens = staticmethod(pack)
     from_tokens = staticmethod(unpack)
-    stock_latents = staticmethod(pack)
+
+    @staticmethod
+    def stock_latents(z, sigma=1.0):
+        return pack(z)
 
     @classmethod
     def stock_arguments(cls, pipe):

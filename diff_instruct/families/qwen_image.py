@@ -70,4 +70,7 @@ class QwenImage(Family):
 
     tokens = staticmethod(pack)
     from_tokens = staticmethod(unpack)
-    stock_latents = staticmethod(pack)
+
+    @staticmethod
+    def stock_latents(z, sigma=1.0):
+        return pack(z)

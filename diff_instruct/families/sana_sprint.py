@@ -25,6 +25,10 @@ class SanaSprint(Sana):
     def guide(alpha, embedded, n):
         return {"guidance_scale": embedded}
 
+    @staticmethod
+    def stock_latents(z, sigma=1.0):
+        return z / (sigma**2 + (1 - sigma) ** 2) ** 0.5  # it rescales what it is given to its own convention
+
     @classmethod
     def stock_setup(cls):
         return """\

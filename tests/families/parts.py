@@ -1,0 +1,99 @@
+"""Parts of tiny pipelines: text encoders, VAEs, schedulers of the real classes with random weights."""
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests.tiny import tiny_tokenizer
+
+
+SIDE = 32  # pixels
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think></think>\n{% endif %}"
+)
+
+
+def randomised(network, std=0.1):
+    """Its parameters drawn anew, the zero-initialised and constant parts, too, so that every input matters."""
+    for name, p in network.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and p.ndim == 1 else 0.0, std=std)
+    return network.eval()
+
+
+def vae_of(channels, side_factor=2, cls=AutoencoderKL, **options):
+    blocks = {2: 2, 8: 4}[side_factor]
+    return cls(
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks, latent_channels=channels, norm_num_groups=4, sample_size=SIDE, **options,
+    ).eval()  # fmt: skip
+
+
+def tiny_t5():
+    tokenizer = tiny_tokenizer()
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), **size)).eval()
+
+
+def tiny_gemma():
+    letters = [chr(i) for i in range(33, 127)] + ["▁", "\n"]
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2,
+    )  # fmt: skip
+    return tokenizer, randomised(Gemma2Model(config), 0.3)
+
+
+def tiny_qwen_tokenizer():
+    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab |= {w: len(vocab) + i for i, w in enumerate(special)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_qwen3(cls=Qwen3Model, layers=2):
+    tokenizer = tiny_qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 4, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+    )  # fmt: skip
+    return tokenizer, randomised(cls(config), 0.2)
+
+
+def shifted(shift=3.0, **options):
+    """As the published schedulers: they shift noise levels that are given, too."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift, **options)
+
+
+def dc_vae():
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), scaling_factor=0.4,
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+    ).eval()  # fmt: skip
+
+
+def sana_transformer(**options):
+    return randomised(SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, patch_size=1,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=16, **options,
+    ))  # fmt: skip

@@ -1,0 +1,5 @@
+from tests.tiny import pixart
+
+
+SIDE = 16
+PIPELINES = {"PixArtAlphaPipeline": pixart}

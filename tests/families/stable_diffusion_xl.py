@@ -1,0 +1,5 @@
+from tests.tiny import sdxl
+
+
+SIDE = 16
+PIPELINES = {"StableDiffusionXLPipeline": sdxl}
