@@ -44,7 +44,8 @@ def build_parser():
     add = parser.add_argument
     add("--models", type=text, nargs="+", required=True, metavar="NAME=PATH",
         help=f"{EXAMPLE}: a OneStepPipeline, a multi-step reference, a one-step network in the pipeline it was "
-        "made for (without base: in its own); folders or Hub ids; variant=fp16: files of that name")  # fmt: skip
+        "made for (without base: in its own); folders or Hub ids; variant=fp16: files of that name; a comma in a "
+        r"path is written \,")  # fmt: skip
     add("--baseline", type=text, help="name of the model that the others are compared with; default: the first")
     add(
         "--prompts",

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.judge import WHILE_TRAINING, Judge, diversity_features
 from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid, measured, real_pictures
-from diff_instruct.evaluation.statistics import compare
+from diff_instruct.evaluation.statistics import compare, interval
 from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, save_generator, upload
 from diff_instruct.files import whole
@@ -233,6 +233,8 @@ def main(args):
         "seconds": round(spent + time.time() - started, 1),
         "steps": done,
         "stopped_early": done < total,
+        "n_prompts": len(eval_prompts),
+        "n_images": len(eval_prompts) * args.num_eval_images,
         "truncated_prompts": truncated_prompts(reward, heldout),
         "diversity_by": diversity_features(reward, heldout)[0],
         "skipped_steps": theta.skipped + psi.skipped,
@@ -268,9 +270,8 @@ def main(args):
 def report(args, summary):
     """Print what came out and how to use it."""
     for key in figure_names(summary):
-        low, high = summary[f"{key}_gain_ci95"]
-        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {low:+.3f} .. {high:+.3f})")
+        before, after, gain = (summary[f"{key}_{what}"] for what in ("before", "after", "gain"))
+        print(f"{key:>10}: {before:.3f} -> {after:.3f} (gain {gain:+.3f}{interval(summary[f'{key}_gain_ci95'])})")
     if summary["stopped_early"]:
         print(f"Stopped after step {summary['steps']}: the held-out reward was below its best (--heldout_patience).")
     print(f"""

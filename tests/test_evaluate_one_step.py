@@ -22,6 +22,7 @@ from diff_instruct.evaluation.noise import fixed_noise, noise_and_generators
 from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.sources import ModelSource, read_models
 from diff_instruct.prompts.conditioning import Conditioning
@@ -330,6 +331,17 @@ def test_contenders():
     assert Contender.parse("b=x/y/z.bin,base=p/q,timestep=399,noise=unit,variant=fp16") == Contender(
         "b", "x/y/z.bin", base="p/q", timestep=399, noise="unit", variant="fp16"
     )
+
+
+def test_commas_in_a_path(tmp_path, monkeypatch):
+    """A folder that a sweep named: with a backslash; without it the line says so."""
+    assert Contender.parse(r"mine=lr=1e-5\,bs=4") == Contender("mine", "lr=1e-5,bs=4")
+    named = Contender.parse(r"mine=a\,b/unet,base=c\,d\,e,timestep=399,noise=unit")
+    assert named == Contender("mine", "a,b/unet", base="c,d,e", timestep=399, noise="unit")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-5,bs=4").mkdir()
+    with pytest.raises(Mistake, match=r"unknown option `bs`; .*; a comma in a path is written \\,$"):
+        Contender.parse("mine=lr=1e-5,bs=4")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import AutoencoderTiny
 from transformers import BertTokenizer, CLIPModel
 
 import train_diff_instruct_pp as script
+from diff_instruct.mistake import Mistake
 from diff_instruct.objectives import reward_gradient
 from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
 from diff_instruct.rewards.clip import ClipScore
@@ -215,6 +217,8 @@ def test_a_run_with_a_ratio(tiny_args, tmp_path):
 
 def test_validations_since_the_best():
     assert [validations_since_best(s) for s in ([1.0], [1.0, 0.5], [1.0, 2.0, 1.0, 1.5], [1.0, 1.0])] == [0, 1, 2, 0]
+    nan = float("nan")
+    assert [validations_since_best(s) for s in ([nan], [nan, 1.0], [nan, 1.0, nan], [1.0, 2.0, nan])] == [0, 0, 1, 1]
 
 
 FUNCTIONS = """
@@ -373,3 +377,56 @@ def test_arguments_that_cannot_work(tiny_args, options, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_args([*tiny_args, *options])
     assert "\n" not in str(error.value)
+
+
+DATACLASS = """
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+@dataclass
+class Settings:
+    factor: float = {factor}
+
+def light(pixels, prompts):
+    settings = pickle.loads(pickle.dumps(Settings()))
+    return settings.factor * pixels.mean(dim=(1, 2, 3))
+"""
+
+
+def test_a_file_with_a_dataclass_and_a_name_that_others_have(tmp_path):
+    """Its module can be found by its classes, and takes nobody's place: not json's, nor that of a namesake."""
+    for factor, folder in enumerate(("a", "b"), start=1):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "json.py").write_text(DATACLASS.replace("{factor}", str(factor)))
+    specs = [RewardSpec(f"{tmp_path / folder / 'json.py'}:light") for folder in ("a", "b")]
+    rewards = [load_reward(spec) for spec in specs]
+    assert [r(torch.ones(1, 3, 4, 4), ["fire"]).item() for r in rewards] == pytest.approx([1, 2])
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize("heldout", [[], ["--heldout_reward", "pocket_heldout"]])
+def test_a_run_without_reward(quick_args, tmp_path, capsys, heldout):
+    """`--preset di` and `sim` need none: nothing is loaded, judging is left to others, and diversity remains."""
+    words = [str(word) for word in quick_args]
+    for flag, count in (("--reward", 2), ("--heldout_reward", 2)):
+        del words[words.index(flag) : words.index(flag) + count]
+    run([*words, "--preset", "sim" if heldout else "di", *heldout, "--max_train_steps", 1])
+    summary = summary_of(tmp_path / "out")
+    figures = {key.removesuffix("_before") for key in summary if key.endswith("_before")}
+    assert figures == {"diversity", *(["heldout"] if heldout else [])} and summary["arguments"]["reward"] == "none"
+    assert (summary["n_prompts"], summary["n_images"]) == (1, 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "(reward none; guidance" in card and "{{" not in card and "diversity: " in capsys.readouterr().out
+
+
+def test_reward_is_none_only_where_nothing_is_rewarded(tiny_args):
+    assert parse_args([*tiny_args, "--reward_scale", "0"]).reward == ["pocket"]  # as named: it judges
+    without = [word for i, word in enumerate(tiny_args) if "--reward" not in (word, tiny_args[i - 1])]
+    assert parse_args(without).reward == parse_args([*without, "--reward_ratio", "1"]).reward == ["image_reward"]
+    assert parse_args([*without, "--reward_scale", "0"]).reward == ["none"]
+    with pytest.raises(Mistake, match="--reward none needs --reward_scale 0"):
+        parse_args([*without, "--reward", "none"])
+    with pytest.raises(Mistake, match="unknown reward `none`"):
+        parse_args([*without, "--reward_scale", "0", "--reward", "none", "clip"])

@@ -158,17 +158,17 @@ def test_checkpoint_of_a_lora_ta_holds_no_base_weights(tiny_args, tmp_path):
     assert state and all("lora" in key for key in state)
 
 
-def test_average_is_what_ships(tiny_args, tmp_path):
-    """With constant decay d: after n steps the average is (1 − d) Σ d^(n − i) θ_i, the first step taken whole."""
+def test_average_is_what_ships(tiny_args, tiny_model, tmp_path):
+    """With constant decay d: after n steps the average is d^n θ_0 + (1 − d) Σ d^(n − i) θ_i."""
     options = [*tiny_args, "--checkpointing_steps", 1, "--max_train_steps", 3, "--ema_decay", 0.8]
     run(options)
-    theta = [trained(tmp_path / "out", i) for i in (1, 2, 3)]
+    theta = [weights(tiny_model), *(trained(tmp_path / "out", i) for i in (1, 2, 3))]
     shipped = weights(tmp_path / "out")
-    for key, value in theta[0].items():
-        expected = 0.8 * (0.8 * value + 0.2 * theta[1][key]) + 0.2 * theta[2][key]
+    for key, value in theta[1].items():
+        expected = 0.8**3 * theta[0][key] + 0.2 * (0.8**2 * value + 0.8 * theta[2][key] + theta[3][key])
         torch.testing.assert_close(shipped[key], expected, atol=1e-6, rtol=1e-5)
     run([*options, "--no-use_ema", "--output_dir", tmp_path / "plain"])
-    assert all(torch.equal(v, theta[2][k]) for k, v in weights(tmp_path / "plain").items() if k in theta[2])
+    assert all(torch.equal(v, theta[3][k]) for k, v in weights(tmp_path / "plain").items() if k in theta[3])
 
 
 def test_ema_decay_ramps_up_while_pretraining():

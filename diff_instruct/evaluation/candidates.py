@@ -1,5 +1,6 @@
 """The models that are compared: one-step generators and multi-step references, described in one word each."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -53,20 +54,21 @@ class Contender:
 
     @classmethod
     def parse(cls, entry):
-        """From `NAME=PATH[,option=value...]`.
+        """From `NAME=PATH[,option=value...]`; a comma in a path is written `\\,`.
 
         Raises:
             Mistake: for an entry that cannot be read, or options that exclude each other.
         """
         name, _, rest = entry.partition("=")
-        path, *options = rest.split(",")
+        path, *options = (part.replace("\\,", ",") for part in re.split(r"(?<!\\),", rest))
         if not path or not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise Mistake(f"--models {entry}: write {EXAMPLE}; a name has letters, digits, - _ and . only")
         values = {}
         for option in options:
             key, _, value = option.partition("=")
             if key not in OPTIONS:
-                raise Mistake(f"--models {entry}: unknown option `{key}`; known are {', '.join(OPTIONS)}")
+                in_path = r"; a comma in a path is written \," if Path(rest).exists() else ""
+                raise Mistake(f"--models {entry}: unknown option `{key}`; known are {', '.join(OPTIONS)}{in_path}")
             try:
                 values[key] = OPTIONS[key](value)
             except ValueError:

@@ -33,9 +33,12 @@ def diversity_features(reward, heldout):
 
 
 def diversity(features):
-    """Mean of 1 − cosine between the images of one prompt, from their unit vectors (n, D), n at least 2."""
-    n = len(features)
-    return 1 - ((features @ features.T).sum() - n) / (n * (n - 1))
+    """Mean of 1 − cosine between the images of one prompt, from their unit vectors (n, D), n at least 2.
+
+    As half the squared distance, which it is: so 0 for equal pictures, also for those without features (of one colour,
+    whose vectors are 0).
+    """
+    return torch.pdist(features).square().mean() / 2
 
 
 def in_batches(function, pixels, batch_size, *prompts):
@@ -50,8 +53,8 @@ def in_batches(function, pixels, batch_size, *prompts):
 def judge_images(pixels, prompts, reward, heldout, batch_size=16):
     """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s."""
     _, features_of = diversity_features(reward, heldout)
-    parts = in_batches(reward.scores, pixels, batch_size, prompts)
-    row = {"reward": reward.combine(parts)}
+    parts = in_batches(reward.scores, pixels, batch_size, prompts) if reward.names else {}
+    row = {"reward": reward.combine(parts)} if reward.names else {}
     if not reward.is_plain:
         row |= {f"reward_{name}": r for name, r in parts.items()}
     for k, (name, scorer) in enumerate(heldout.items()):
@@ -74,9 +77,9 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, re
         batch_size: images that are decoded and scored at a time.
 
     Returns:
-        `dict` of tensors: (P, n) for `reward`, for its parts `reward_<name>` if it is more than one reward as it is,
-        for the first held-out scorer `heldout` and for others `heldout_<name>`; (P,) for `diversity`: within a prompt,
-        the mean of 1 − cosine between image features (see `diversity_features`).
+        `dict` of tensors: (P, n) for `reward`, if there is one, for its parts `reward_<name>` if it is more than one
+        reward as it is, for the first held-out scorer `heldout` and for others `heldout_<name>`; (P,) for `diversity`:
+        within a prompt, the mean of 1 − cosine between image features (see `diversity_features`).
     """
     rows = []
     for first in range(0, len(prompts), accelerator.num_processes):

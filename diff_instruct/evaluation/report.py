@@ -9,7 +9,7 @@ import torch
 
 from diff_instruct.evaluation.cost import MEMORY_IS
 from diff_instruct.evaluation.prompt_sets import RULES
-from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
+from diff_instruct.evaluation.statistics import INTERVALS, interval, mean_over_categories, mean_with_interval, wins
 
 
 # Of what is published in other units, too; each scorer's class says more.
@@ -111,7 +111,7 @@ def report(args, contenders, kept, prompts, device):
         "seed": args.seed,
         "image_seeds": "seed + 1000003 * (place of the prompt, from 0) + (number of the image, from 0)",
         "units": {key: UNITS[key] for key in next(iter(scores.values())) if key in UNITS},
-        "intervals": "95%, bootstrap over the prompts (within categories, if means are), 2000 resamples",
+        "intervals": f"{INTERVALS}; within categories, if means are; 2000 resamples",
         "models": models,
         "comparison": {
             "baseline": baseline,
@@ -130,8 +130,7 @@ def report(args, contenders, kept, prompts, device):
 
 def cell(entry, digits=3):
     """A figure and its interval, as tables show them."""
-    low, high = entry["ci95"]
-    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{entry['mean']:.{digits}f}{interval(entry['ci95'], digits)}"
 
 
 def table(head, rows):
@@ -153,7 +152,7 @@ def markdown(result):
         f"# {len(models)} models on {prompts['number']} prompts of {prompts['source']}",
         table(head, rows),
         f"Each figure is the {RULES[prompts['rule']]}, of {result['num_images']} images a prompt (seed "
-        f"{result['seed']}), with its 95% interval by bootstrap over the prompts. SHA-256 of the prompts: "
+        f"{result['seed']}), with its interval ({result['intervals']}). SHA-256 of the prompts: "
         f"`{prompts['sha256']}`. s / image: {result['seconds_are']}. GiB: {result['peak_memory_is']}.",
     ]
     if result["units"]:

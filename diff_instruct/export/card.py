@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml, model_info
 from huggingface_hub.errors import HTTPError
 
+from diff_instruct.evaluation.statistics import INTERVALS, interval
 from diff_instruct.export.apps import where_it_runs
 from diff_instruct.training.methods import METHODS, method_of
 from diff_instruct.training.record import portable
@@ -55,8 +56,7 @@ def figures_table(summary):
     """Markdown: before, after and gain of each figure, with their intervals."""
 
     def cell(name):
-        low, high = summary[f"{name}_ci95"]
-        return f"{summary[name]:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{summary[name]:.3f}{interval(summary[f'{name}_ci95'])}"
 
     rows = ["| | before | after | gain |", "|---|---|---|---|"]
     for key in figure_names(summary):
@@ -116,8 +116,7 @@ def eval_results(args, summary, today):
     about = f"{summary['n_images']} images of {summary['n_prompts']} prompts of the dataset that were not trained on"
     entries = []
     for figure in figure_names(summary):
-        low, high = summary[f"{figure}_after_ci95"]
-        notes = f"{label(figure, summary)}; 95% [{low:.4f}, {high:.4f}], before training "
+        notes = f"{label(figure, summary)}; 95%{interval(summary[f'{figure}_after_ci95'], 4)}, before training "
         notes += f"{summary[f'{figure}_before']:.4f}; {about}"
         value = round(summary[f"{figure}_after"], 6)
         entries.append(EvalResultEntry(args.dataset_name, figure, value, date=today, notes=notes))
@@ -163,6 +162,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         reward_scale=summary["reward_scale"],
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
+        intervals=INTERVALS,
         license=license.get("license_name") or license.get("license"),
         command=command_line(),
         arguments=json.dumps(summary["arguments"], indent=2),

@@ -1,6 +1,8 @@
 """A user's own reward: `path/to/file.py:function`."""
 
+import hashlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -16,11 +18,14 @@ def load_function(spec):
         Mistake: if there is no such file or function, or the file cannot be imported.
     """
     path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
+    # A name that no other module has, in sys.modules, where dataclasses and pickle look for a class's module.
+    own = f"{Path(path).stem}_{hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=8).hexdigest()}"
+    module_spec = importlib.util.spec_from_file_location(own, path)
+    module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[own]
         line = str(error).split("\n")[0]
         raise Mistake(f"reward `{spec}`: {path} cannot be imported: {type(error).__name__}: {line}") from error
     if not callable(vars(module).get(name)):

@@ -9,6 +9,7 @@ from diff_instruct.mistake import Mistake
 
 TRAINABLE = ("image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic", "pocket", "pocket_heldout")
 NAMES = (*TRAINABLE, "pocket_truth")  # a measurement, without gradient
+NO_REWARD = "none"  # what `--reward` says of a run without reward
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class RewardSpec:
 
 def read_rewards(args):
     """(trained, held out), a tuple of [`RewardSpec`] each, of the training script's `--reward`, `--reward_cap`,
-    `--heldout_reward` and `--reward_checkpoint`.
+    `--heldout_reward` and `--reward_checkpoint`. With `--reward none` nothing is trained on.
 
     Raises:
         Mistake: see `RewardSpec`; or for one name twice, caps of what is not trained, entries that cannot be read, a
             measurement among what is trained.
     """
     checkpoints = read_checkpoints(args.reward_checkpoint)
-    weights = [split_number("reward", entry) for entry in args.reward]
+    weights = [split_number("reward", entry) for entry in args.reward if args.reward != [NO_REWARD]]
     labels = [name.rpartition(":")[2] for name, _ in weights]
     caps = {}
     for label, value in split_pairs("reward_cap", args.reward_cap).items():

@@ -191,8 +191,9 @@ def add_algorithm_arguments(parser):
 def add_reward_arguments(parser):
     g = parser.add_argument_group("reward")
     g.add_argument(
-        "--reward", type=text, nargs="+", default=["image_reward"], metavar="NAME[:WEIGHT]",
-        help=f"r(x, c), the weighted sum of: {', '.join(NAMES)}, or your own as path/to/file.py:function",
+        "--reward", type=text, nargs="+", metavar="NAME[:WEIGHT]",
+        help=f"r(x, c), the weighted sum of: {', '.join(NAMES)}, or your own as path/to/file.py:function; none: no "
+        "reward, where --reward_scale is 0; default: image_reward, or none where it is 0",
     )  # fmt: skip
     g.add_argument(
         "--heldout_reward",

@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 
 from diff_instruct.command_line import Parser
 from diff_instruct.mistake import Mistake
-from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.rewards.specs import NO_REWARD, read_rewards
 from diff_instruct.training import argument_groups as groups
 from diff_instruct.training.argument_groups import MAX_STEPS
 from diff_instruct.training.methods import METHODS
@@ -74,6 +74,8 @@ def parse_args(input_args=None):
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     if on_pocket and given.heldout_reward is None and args.eval_prompts != parser.get_default("eval_prompts"):
         args.heldout_reward = [name for name in args.heldout_reward if name != "pocket_truth"]  # of its sentences only
+    if args.reward is None:
+        args.reward = [NO_REWARD] if args.reward_scale == 0 else ["image_reward"]
     if args.hub_token is not None:
         os.environ["HF_TOKEN"] = args.hub_token
     del args.hub_token  # nothing that records the arguments can keep it
@@ -100,6 +102,8 @@ def check_args(args):
         raise Mistake("--reward_ratio needs --reward_mode clean: a diffused reward weighs as its exponent says")
     if args.divergence == "score" and args.reward_mode == "diffused":
         raise Mistake("--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives")
+    if args.reward == [NO_REWARD] and args.reward_scale != 0:
+        raise Mistake(f"--reward {NO_REWARD} needs --reward_scale 0: give that, or a reward")
     if not args.min_timestep < args.max_timestep:
         raise Mistake("--min_timestep must be less than --max_timestep")
     if not args.cfg_interval[0] < args.cfg_interval[1]:

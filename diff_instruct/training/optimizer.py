@@ -66,7 +66,8 @@ class Trained:
         self.optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
         counts = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
         self.schedule = get_scheduler(args.lr_scheduler, self.optimizer, **counts)
-        self.ema = EMAModel(self.parameters.values()) if average else None
+        # From the first step on: left alone, it copies the parameters then, whatever the decay.
+        self.ema = EMAModel(self.parameters.values(), update_after_step=-1) if average else None
         self.offload_ema = args.offload_ema
         if average and args.offload_ema:
             self.ema.to("cpu")

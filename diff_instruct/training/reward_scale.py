@@ -1,6 +1,6 @@
 """α_rew over the steps of alignment, and an early stop: what acts over time on the reward. (Caps are in mix.py.)"""
 
-from math import isfinite
+from math import inf, isfinite, isnan
 
 from diff_instruct.mistake import Mistake
 
@@ -75,6 +75,7 @@ class RewardDial:
 
 
 def validations_since_best(scores):
-    """How many of the last scores (a list, oldest first) are below the best before them."""
+    """How many of the last scores (a list, oldest first) are below the best before them; NaN is below all others."""
+    scores = [-inf if isnan(score) else score for score in scores]
     best = max(scores)
     return len(scores) - 1 - max(i for i, score in enumerate(scores) if score == best)
