@@ -159,17 +159,24 @@ def test_roles_put_back_what_they_found(tiny_model):
     def who():
         return {None if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
 
-    before, outputs = who(), []
+    before, outputs, by_peft = who(), [], copy.deepcopy(network)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([100])
     c = {"encoder_hidden_states": torch.randn(1, 3, 16), "encoder_attention_mask": torch.ones(1, 3)}
+    c |= {"timestep": t, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     for role in ("generator", None, "ta"):
         with acting(layers, role):
             assert who() == {None if role is None else (role,)}
-            with acting(layers, None):
+            with pytest.raises(KeyError), acting(layers, None):
                 assert who() == {None}
+                raise KeyError
             assert who() == {None if role is None else (role,)}
-            outputs.append(network(x, timestep=t, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, **c))
+            outputs.append(network(x, **c))
         assert flags == {k: p.requires_grad for k, p in network.named_parameters()}
+        for layer in lora_layers(by_peft):
+            layer.enable_adapters(role is not None)
+            if role is not None:
+                layer.set_adapter(role)
+        assert torch.equal(outputs[-1][0], by_peft(x, **c)[0])
     assert who() == before
     one, two, three = (output[0] for output in outputs)
     assert min((one - two).abs().max(), (one - three).abs().max(), (two - three).abs().max()) > 1e-3

@@ -1,7 +1,7 @@
 """LoRA by peft, in any of the networks: named adapters in one base, who of them acts, merged."""
 
 import warnings
-from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -9,6 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 
 from diff_instruct.models.sharding import whole
+
+
+LAYERS = WeakKeyDictionary()  # what `lora_layers` has found, by module
 
 
 def add_lora(network, name, rank, alpha, targets):
@@ -24,6 +27,7 @@ def add_lora(network, name, rank, alpha, targets):
     with warnings.catch_warnings():  # that there are adapters already is what is wanted
         warnings.simplefilter("ignore")
         inject_adapter_in_model(config, network, adapter_name=name)
+    LAYERS.clear()
     network.requires_grad_(False)
     for p in trained_parameters(network, name).values():
         p.data = p.data.float()
@@ -37,33 +41,40 @@ def trained_parameters(network, adapter=None):
 
 
 def lora_layers(network):
-    """The layers that adapters are in."""
-    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    """The layers that adapters are in; found once, since walking a network takes longer than switching it."""
+    if network not in LAYERS:
+        LAYERS[network] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    return LAYERS[network]
 
 
-@contextmanager
-def acting(layers, name):
+class acting:
     """Within: the adapters of this name act in the layers; none of them, so the base alone, if it is None.
 
-    Which parameters require a gradient does not change.
+    Which parameters require a gradient does not change: peft's own switches set that, too, parameter by parameter, and
+    so take a thousand times as long (`benchmarks/role_switch.py`). What a layer's pass reads is written here directly.
+
+    Raises:
+        RuntimeError: if this version of peft reads something else.
     """
-    before = [None if layer.disable_adapters else layer.active_adapters for layer in layers]
 
-    def switch(layer, to):
-        flags = [(p, p.requires_grad) for p in layer.parameters()]  # which peft's switches set, too
-        layer.enable_adapters(to is not None)
-        if to is not None:
-            layer.set_adapter(to)
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    def __init__(self, layers, name):
+        self.layers, self.name = layers, name
 
-    for layer in layers:
-        switch(layer, name)
-    try:
-        yield
-    finally:
-        for layer, to in zip(layers, before):
-            switch(layer, to)
+    def __enter__(self):
+        self.before = [(layer.active_adapter, layer.disable_adapters) for layer in self.layers]
+        active, disabled = [self.name], self.name is None
+        for layer in self.layers:
+            state = vars(layer)
+            state["_disable_adapters"] = disabled
+            if not disabled:
+                state["_active_adapter"] = active
+        for layer in self.layers[:1]:
+            if layer.disable_adapters != disabled or not disabled and layer.active_adapters != active:
+                raise RuntimeError("this version of peft keeps elsewhere which adapters act: take peft 0.17 to 0.21")
+
+    def __exit__(self, *_):
+        for layer, (active, disabled) in zip(self.layers, self.before):
+            vars(layer).update(_active_adapter=active, _disable_adapters=disabled)
 
 
 def checkpoint_block(block, *args):
