@@ -24,7 +24,7 @@ from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
 from diff_instruct.export.stock import stock_pipeline
 from diff_instruct.files import NotWritten, check_apart, whole, whole_folder, write_text
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.sources import read_index
+from diff_instruct.models.configs import read_index
 
 
 KINDS = ("single_file", "network", "lora", "workflow", "diffusers")

@@ -23,8 +23,9 @@ from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.evaluation.statistics import mean_with_interval
 from diff_instruct.evaluation.store import Batches, fingerprint, remember
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.configs import ModelSource
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.sources import ModelSource, read_models
+from diff_instruct.models.sources import read_models
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix

@@ -259,7 +259,7 @@ def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start
 
 
 def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
-    from diff_instruct.models import sources as configs
+    from diff_instruct.models import starts as configs
 
     asked, (_, paths) = [], start_points
     monkeypatch.setattr(

@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diff_instruct.families import FAMILIES
+from diff_instruct.models.configs import ModelSource
 from diff_instruct.models.loading import load_generator, load_reference
-from diff_instruct.models.sources import ModelSource, read_models
+from diff_instruct.models.sources import read_models
 from tests.families import BUILD, SIDES, save
 
 

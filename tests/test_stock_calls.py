@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from diff_instruct.models.configs import ModelSource
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.reference import encode_null
-from diff_instruct.models.sources import ModelSource, read_models
+from diff_instruct.models.sources import read_models
 from diff_instruct.prompts.conditioning import Conditioning
 from tests.families import BUILD, SIDES, save
 

@@ -11,17 +11,11 @@ from filelock import FileLock
 
 from diff_instruct.families import FAMILIES, find_family
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.configs import ModelSource, check_resolution, empty_network, grid_of, read_index
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.reference import sample
-from diff_instruct.models.sources import (
-    WEIGHT_FILES,
-    ModelSource,
-    check_resolution,
-    empty_network,
-    grid_of,
-    read_index,
-    read_models,
-)
+from diff_instruct.models.sources import read_models
+from diff_instruct.models.starts import WEIGHT_FILES
 
 
 OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "noise": str, "variant": str}

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding
 
+from diff_instruct.models.configs import read_index
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
-from diff_instruct.models.sources import read_index
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.steps import generator_step, ta_loss

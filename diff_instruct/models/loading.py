@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from diff_instruct.models.lora import add_lora
-from diff_instruct.models.sources import generator_weights
+from diff_instruct.models.starts import generator_weights
 from pipeline_one_step import OneStepPipeline
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from diff_instruct.export.card import LORA_WEIGHTS
 from diff_instruct.files import INDEX, NEW, PARTIAL, check_apart
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.sources import Lora
+from diff_instruct.models.starts import Lora
 from diff_instruct.rewards.specs import files_of, read_rewards
 from diff_instruct.training.checkpoints import list_checkpoints
 

@@ -1,0 +1,171 @@
+"""What a generator starts from: weights of its own, its timesteps, LoRA of the reference; and whether they fit."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from diff_instruct.mistake import Mistake
+from diff_instruct.models.configs import read_index
+
+
+WEIGHT_FILES = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), and their scale."""
+
+    path: str
+    scale: float = 1.0
+    cache_dir: str | None = None
+
+    @classmethod
+    def parse(cls, text, cache_dir=None):
+        """From PATH_OR_ID[:SCALE]."""
+        path, _, scale = text.rpartition(":")
+        try:
+            return cls(path, float(scale), cache_dir) if path else cls(text, cache_dir=cache_dir)
+        except ValueError:
+            return cls(text, cache_dir=cache_dir)
+
+
+def fixed_timesteps(named, n):
+    """The generator's timesteps, a list: those named; or, from only one, n of them, t* (n − k)/n for k = 0..n − 1.
+
+    So they are evenly spaced between t* and 0, and the first step is that of a one-step generator; with t* = 999 and
+    n = 4 they are DMD2's 999, 749, 499, 249.
+    """
+    return named if len(named) > 1 or n is None else [named[0] * (n - k) // n for k in range(n)]
+
+
+def words(timesteps):
+    """Timesteps as one types them."""
+    return " ".join(map(str, timesteps))
+
+
+def generator_weights(source, denoiser):
+    """Where the generator's weights are: ("file", path) of one file, or ("folder", arguments of `from_pretrained`).
+
+    Raises:
+        Mistake: if nothing is there.
+    """
+    path = source.path
+    if path.endswith(WEIGHT_FILES):
+        if Path(path).is_file():
+            return "file", path
+        owner, *rest = path.split("/", 2)
+        if len(rest) < 2 or owner in ("", ".", ".."):
+            raise Mistake(f"--pretrained_generator_name_or_path: there is no file {path}")
+        try:
+            return "file", hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=source.cache_dir)
+        except OSError as error:
+            raise Mistake(f"{path} can be neither found nor downloaded: {str(error).splitlines()[0]}") from None
+    if Path(path).is_dir() and (Path(path) / "config.json").is_file():
+        return "folder", {"pretrained_model_name_or_path": path}
+    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
+        raise Mistake(
+            f"--pretrained_generator_name_or_path: {path} is neither a pipeline (model_index.json), nor a network "
+            f"(config.json), nor a file that ends in {' or '.join(WEIGHT_FILES)}"
+        )
+    return "folder", {"pretrained_model_name_or_path": path, "subfolder": denoiser}
+
+
+def generator_shapes(source, denoiser, network):
+    """(shapes of the generator's weights by name, its `model_index.json` or {}), without loading it.
+
+    Raises:
+        Mistake: if it is not there or of another class.
+    """
+    path = source.path
+    kind, weights = generator_weights(source, denoiser)
+    if kind == "file":
+        return weight_shapes(weights), {}
+    index = {}
+    if "subfolder" in weights:
+        index = read_index(path, cache_dir=source.cache_dir)
+        if index.get(denoiser, [None])[0] is None:
+            raise Mistake(f"{path} has no {denoiser}, which a generator for this reference needs")
+    try:
+        config = type(network).load_config(**weights, cache_dir=source.cache_dir)
+    except OSError:
+        raise Mistake(f"{path} has no {denoiser}/config.json") from None
+    if config["_class_name"] != type(network).__name__:
+        raise Mistake(f"{path} is a {config['_class_name']}, but the reference a {type(network).__name__}")
+    with init_empty_weights():
+        return {k: tuple(v.shape) for k, v in type(network).from_config(config).state_dict().items()}, index
+
+
+def check_generator(source, family, network, timestep, generator_steps, input_noise):
+    """(timesteps, input noise, embedded guidance or None) of the given generator, whose shapes must be those of the
+    reference's network. Without words of its own, a model that matches flows starts at σ = 1.
+
+    Raises:
+        Mistake: if it does not fit, or nobody says its t* and what enters there, or the arguments say another.
+    """
+    path, expected = source.path, {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    shapes, index = generator_shapes(source, family.denoiser, network)
+    wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
+    if wrong:
+        raise Mistake(
+            f"{path} does not fit the reference's {family.denoiser}: {len(wrong)} of {len(expected)} weights are "
+            f"missing, not expected or of another shape, such as {', '.join(wrong[:3])}"
+        )
+    trained_at, guidance = index.get("timestep"), index.get("embedded_guidance")
+    if trained_at is None and family.flow:
+        timestep = timestep or [family.timestep]
+        if timestep[0] == family.timestep:
+            input_noise = input_noise or "unit"  # the same as scaled
+    if trained_at is None and timestep is None:
+        raise Mistake(f"{path} names no t*: give the timestep that it is evaluated at with --timestep")
+    if trained_at is None and input_noise is None:
+        raise Mistake(
+            f"{path} does not say what enters at t*: give --input_noise unit (z; DMD2, DI*) or scaled (σ_t z; SIM, "
+            "SiD-LSG)"
+        )
+    if trained_at is None:
+        return timestep, input_noise, guidance
+    trained_at = trained_at if isinstance(trained_at, list) else [trained_at]
+    asked = fixed_timesteps(timestep or trained_at, generator_steps)
+    if trained_at not in (asked, asked[:1]) or generator_steps not in (None, len(asked)):
+        own = words(trained_at)
+        raise Mistake(f"{path} was trained at t* = {own}: give the same --timestep and --generator_steps, or none")
+    return trained_at, index.get("input_noise", "unit"), guidance
+
+
+def check_lora(lora, family, network):
+    """Raises Mistake if LoRA weights are not there, or not for this network alone."""
+    where = f"--reference_lora {lora.path}"
+    if not family.has_lora_files():
+        raise Mistake(f"{where}: a {family.name} cannot load LoRA weights")
+    try:
+        state = family.stock().lora_state_dict(lora.path, cache_dir=lora.cache_dir)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
+    state = state[0] if isinstance(state, tuple) else state
+    prefix, modules = family.denoiser + ".", {name for name, _ in network.named_modules()}
+    layers = {k.removeprefix(prefix).split(".lora")[0].replace(".processor", "") for k in state if ".lora_A" in k}
+    others = sorted({k for k in state if not k.startswith(prefix)} | (layers - modules))
+    if others or not layers:
+        what = f"it also holds {others[0]}" if others else "it holds no LoRA weights"
+        raise Mistake(f"{where} is not for the {family.denoiser} of a {family.name}: {what}")
+
+
+def weight_shapes(file):
+    """Names and shapes of the weights in a .safetensors or .bin file.
+
+    Raises:
+        Mistake: if it is damaged, or a pickle that holds more than tensors.
+    """
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as f:
+                return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        return {k: tuple(v.shape) for k, v in torch.load(file, map_location="meta", weights_only=True).items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise Mistake(f"{file} is damaged or holds more than named tensors ({reason})") from None
