@@ -489,6 +489,12 @@ class Family:
         return z
 
     @staticmethod
+    def checkpointed(checkpoint):
+        """What its network's `enable_gradient_checkpointing` is given, made of `checkpoint(block, ...)`: another
+        function where the network, when it checkpoints, forgets an argument of a block."""
+        return checkpoint
+
+    @staticmethod
     def text_node(pipe):
         """The node of ComfyUI that encodes a prompt for an export, `pipe`."""
         return "CLIPTextEncode"

@@ -13,6 +13,7 @@ import torch
 from diff_instruct.models.configs import ModelSource
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.lora import checkpoint_block
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.sources import read_models
 from diff_instruct.prompts.conditioning import Conditioning
@@ -227,3 +228,24 @@ def test_the_gradient_with_respect_to_x_t_is_the_derivative(family, mode):
         torch.testing.assert_close(by_autograd, by_differences, rtol=1e-3, atol=1e-3)
     finally:
         network.eval()
+
+
+def test_checkpointing_changes_neither_the_output_nor_its_gradient(family):
+    """The same function of x_t, with the padding of a shorter prompt beside a longer one."""
+    name, models, _, pipe = family
+    pipe.to(dtype=torch.float32)
+    network, z = pipe.denoiser, torch.randn(2, *pipe.latent_shape(SIDES[name], SIDES[name]))
+    c, t, found = Conditioning(pipe.encode_prompt, "cpu")(PROMPTS), torch.tensor([500, 900]), []
+    try:
+        for checkpoint in (None, models.family.checkpointed(checkpoint_block)):
+            if checkpoint is not None:
+                network.enable_gradient_checkpointing(checkpoint)
+            network.train(checkpoint is not None)  # some checkpoint in this mode only
+            x_t = z.clone().requires_grad_()
+            output = pipe.denoise(network, x_t, t, c)
+            found.append((output.detach(), *torch.autograd.grad(output.square().sum(), x_t)))
+    finally:
+        network.disable_gradient_checkpointing()
+        network.eval()
+    for plain, checkpointed in zip(*found):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-5 * plain.abs().max().item())

@@ -147,7 +147,7 @@ def hollow_actors(args, models, dtype, autocast, fake):
     parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
     for network in (own, ta, ref):
         if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing(checkpoint_block)
+            network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
         network.train()
     if args.gradient_checkpointing and parts["vae"]._supports_gradient_checkpointing:
         parts["vae"].enable_gradient_checkpointing()

@@ -48,7 +48,7 @@ def load_actors(models, device, dtype, autocast, args):
     networks = {id(network): network for network in (pipe.denoiser, ta, reference)}.values()
     for network in networks:
         if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing(checkpoint_block)
+            network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
         if args.compile:

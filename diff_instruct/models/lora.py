@@ -77,17 +77,21 @@ class acting:
             vars(layer).update(_active_adapter=active, _disable_adapters=disabled)
 
 
-def checkpoint_block(block, *args):
+def checkpoint_block(block, *args, **kwargs):
     """Gradient checkpointing for `enable_gradient_checkpointing`, where one network acts in several roles.
 
     The backward pass computes the block again; that must happen with adapters as they were in the forward pass, not as
     they are then, or the gradient is silently that of another role.
+
+    Args:
+        block: the module, or its method that is called.
     """
-    layers = lora_layers(block)
+    layers = lora_layers(getattr(block, "__self__", block))
     role = None
     if layers and not layers[0].disable_adapters:
         role = layers[0].active_adapters[0]
-    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (acting([], None), acting(layers, role)))
+    contexts = lambda: (acting([], None), acting(layers, role))  # noqa: E731
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 class Merged:
