@@ -26,7 +26,7 @@ from diff_instruct.models.memory_plan import plan
 from diff_instruct.models.sharding import place, whole
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
-from tests.families import FLOW, save
+from tests.families import FLOW, SIDES, save
 from tests.processes import Run
 from tests.runs import QUICK, checkpoints, run, same, trained, weights
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sdxl
@@ -340,6 +340,7 @@ def test_networks_of_all_families_are_sharded(tiny_args, tmp_path, monkeypatch, 
     """Nothing in them reads a weight where its block does not compute: passes and gradients are as without."""
     save(name, tmp_path / "model") if name in FLOW else OTHERS[name](tmp_path / "model")
     command = [*tiny_args, "--pretrained_model_name_or_path", tmp_path / "model", "--cfg_scale", 1, *options]
+    command += ["--resolution", SIDES[name]]
     sharded = passes_and_gradients(command)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     plain = passes_and_gradients(command)
