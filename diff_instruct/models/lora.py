@@ -8,6 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 
+from diff_instruct.models.published import Stored, stored_state
 from diff_instruct.models.sharding import whole
 
 
@@ -105,16 +106,21 @@ class Merged:
 
     @torch.no_grad()
     def __call__(self):
-        weight = whole(self.weight.detach()).float()
-        return weight if self.layer is None else weight + whole(self.layer.get_delta_weight(self.adapter))
+        weight = self.weight() if isinstance(self.weight, Stored) else whole(self.weight.detach())
+        weight = weight.float()
+        return weight if self.layer is None else weight + whole(self.layer.get_delta_weight(self.adapter)).to(weight)
 
 
 def merged(network, adapter):
     """The state of a plain network of the same class, the adapters, if any, added to its weights: name to [`Merged`].
 
     Nothing is computed before a tensor is asked for, so a network larger than what is free can be written to a file.
+    Of a rounded network these are the published weights, never what they were rounded to.
     """
-    state = {k.replace(".base_layer", ""): Merged(v) for k, v in network.state_dict().items() if ".lora_" not in k}
+    if getattr(network, "published", None) is not None:
+        state = {k: Merged(v) for k, v in stored_state(network).items()}
+    else:
+        state = {k.replace(".base_layer", ""): Merged(v) for k, v in network.state_dict().items() if ".lora_" not in k}
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):
             key = f"{name}.weight"
