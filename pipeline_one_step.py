@@ -70,6 +70,9 @@ class Schedule:
             self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
             self.prediction_type = scheduler.config.prediction_type
             self.first, self.last = 0, self.steps - 1
+        self.noisiest = int(self.alphas.nonzero()[-1])  # the last timestep at which x_t still holds something of x0
+        if self.prediction_type == "epsilon":  # the noise in pure noise says nothing of x0
+            self.last = self.noisiest
         if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
             raise ValueError(f"prediction_type `{self.prediction_type}` is not one of epsilon, sample, v_prediction")
         self.alphas, self.sigmas = self.alphas.to(device), self.sigmas.to(device)
@@ -85,7 +88,7 @@ class Schedule:
 
         The ends where α or σ is 0 are left out: scores and weightings are infinite there.
         """
-        first, last = max(round(low * self.steps), self.first), min(round(high * self.steps), self.steps - 1)
+        first, last = max(round(low * self.steps), self.first), min(round(high * self.steps), self.noisiest)
         return first + (u * (last - first + 1)).long().to(self.alphas.device)
 
     def add_noise(self, x0, eps, t):
@@ -433,6 +436,7 @@ class Family:
     null_prompt = ""  # what ∅ is the encoding of
     has_null = True  # whether the reference knows ∅, so whether α_cfg may be other than 1
     renormalised = None  # what the stock does to guidance that is not ∅ + α (c − ∅) and cannot be turned off
+    optional = ()  # text encoders that a published pipeline may lack
     unused = ()  # parts of the stock pipeline that text-to-image does not need
     options = {}  # arguments with which the stock pipeline draws just what it is asked for
     unguided = {"guidance_scale": 1.0}  # its arguments for c alone

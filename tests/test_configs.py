@@ -1,6 +1,7 @@
 """What is said before weights load: mistakes in one line, and the memory that each actor needs."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -10,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diff_instruct.export.apps import noise_levels, where_it_runs
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import add_lora, trained_parameters
 from diff_instruct.models.memory_plan import plan, table
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
+from tests.runs import load
 from tests.tiny import tiny_sd
 from train_diff_instruct_pp import main
 
@@ -63,6 +67,25 @@ def test_incomplete_references(tiny_args, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         main(parse_args([*tiny_args, "--pretrained_model_name_or_path", path]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prediction_type, last", [("epsilon", 998), ("v_prediction", 999)])
+def test_pure_noise_holds_nothing_for_the_prediction_of_noise(tiny_args, tmp_path, prediction_type, last):
+    """A schedule of zero terminal SNR: t* = 999 is for v-prediction alone, π(t) ends before it."""
+    tiny_sd(tmp_path / "model")
+    edit("scheduler/scheduler_config.json", prediction_type=prediction_type, rescale_betas_zero_snr=True)(
+        tmp_path / "model"
+    )
+    command = [*tiny_args, "--pretrained_model_name_or_path", str(tmp_path / "model"), "--timestep", "999"]
+    if last == 998:
+        with pytest.raises(Mistake, match=r"--timestep 999 is outside the schedule of .*: t\* must be in 0\.\.998"):
+            models_of(parse_args(command))
+        return
+    *_, pipe = load(command)
+    assert pipe.schedule.last == last and pipe.schedule.alphas[999] == 0
+    assert pipe.schedule.timesteps(torch.tensor([0.0, 1 - 1e-7]), 0.0, 1.0).tolist() == [0, 998]
+    assert noise_levels(pipe).sigmas == (math.inf, 0.0)
+    assert "Elsewhere: other programs take" in where_it_runs(pipe, "apples_1step", "fire")
 
 
 @pytest.mark.parametrize(

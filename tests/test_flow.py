@@ -1,6 +1,7 @@
 """Each flow-matching family on tiny networks of the real classes: training's forward, the export and the stock
 pipeline agree; so do the guided reference and LoRA files. A new family passes these tests, see docs/families.md."""
 
+import copy
 import json
 import shutil
 from contextlib import nullcontext
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model
 
 import evaluate_one_step as evaluation
 import train_diff_instruct_pp as script
@@ -276,14 +278,52 @@ def test_reference_lora_is_fused(flow_args, tmp_path):
     network = add_lora(stock.transformer, "generator", 2, 4, loaded.family.lora_targets)
     for p in trained_parameters(network, "generator").values():
         torch.nn.init.normal_(p, std=0.3)
-    save_lora(tmp_path, loaded.family, network)
+    save_lora(tmp_path / "lora", loaded.family, network)
     expected = {s: merged_at(network, s) for s in (1.0, 0.5)}
-    for scale, option in ((1.0, str(tmp_path)), (0.5, f"{tmp_path}:0.5")):
+    for scale, option in ((1.0, str(tmp_path / "lora")), (0.5, f"{tmp_path / 'lora'}:0.5")):
         _, _, stock, pipe = load(flow_args("StableDiffusion3Pipeline", "--reference_lora", option))
         for state in (stock.transformer.state_dict(), pipe.transformer.state_dict()):
             assert state.keys() == expected[scale].keys()
             for key, value in expected[scale].items():
                 torch.testing.assert_close(state[key], value, atol=1e-5, rtol=0)
+
+
+def test_reference_lora_that_peft_wrote_acts_at_full_strength(flow_args, tmp_path):
+    """Its α stands in adapter_config.json alone; FLUX.2 klein is fused at half strength by names only."""
+    command = flow_args("Flux2KleinPipeline")
+    _, loaded, stock, _ = load(command)
+    plain = copy.deepcopy(stock.transformer)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    adapted = get_peft_model(stock.transformer, config)
+    adapted.save_pretrained(tmp_path / "peft")
+    expected = adapted.merge_and_unload().state_dict()
+    _, _, stock, _ = load([*command, "--reference_lora", f"{tmp_path / 'peft'}:0.5"])
+    moved = 0
+    for key, value in stock.transformer.state_dict().items():
+        half = (plain.state_dict()[key] + expected[key]) / 2
+        torch.testing.assert_close(value, half, atol=1e-5, rtol=0)
+        moved += not torch.equal(value, plain.state_dict()[key])
+    assert moved == 2
+    with pytest.raises(
+        Mistake, match="is not for the transformer of a StableDiffusion3Pipeline: its transformer_blocks.0"
+    ):
+        models_of(parse_args(flow_args("StableDiffusion3Pipeline", "--reference_lora", tmp_path / "peft")))
+
+
+def test_sd3_without_its_t5(flow_args, models, tmp_path):
+    """As many people keep it: the stock pipeline's picture, and an export without it."""
+    stock = StableDiffusion3Pipeline.from_pretrained(
+        models("StableDiffusion3Pipeline"), text_encoder_3=None, tokenizer_3=None
+    )
+    stock.save_pretrained(tmp_path / "small")
+    command = [*flow_args("StableDiffusion3Pipeline"), "--pretrained_model_name_or_path", tmp_path / "small"]
+    *_, pipe = load(command)
+    z = noise(pipe, len(PROMPTS))
+    images = ours(pipe, PROMPTS, z)
+    torch.testing.assert_close(images, stock_images("StableDiffusion3Pipeline", pipe, PROMPTS, z), atol=1e-5, rtol=0)
+    pipe.save_pretrained(tmp_path / "export")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    torch.testing.assert_close(again(PROMPTS, latents=z, output_type="pt", **SIZE).images, images, atol=1e-5, rtol=0)
 
 
 def merged_at(network, scale):

@@ -5,6 +5,7 @@ ComfyUI and stable-diffusion.cpp count noise as k-diffusion does, σ_k = σ_t / 
 (`input_noise` "unit") needs its noise times 1 / σ_t there, else it draws weak pictures.
 """
 
+import math
 from dataclasses import dataclass
 
 from diff_instruct.families import FAMILIES
@@ -67,7 +68,7 @@ def noise_levels(pipe):
     schedule, flow = pipe.schedule, pipe.schedule.prediction_type == "flow"
     alphas, sigmas = ([table[t].item() for t in pipe.timesteps] for table in (schedule.alphas, schedule.sigmas))
     factor = 1 / sigmas[0] if pipe.config.input_noise == "unit" else 1.0
-    return NoiseLevels((*(s if flow else s / a for a, s in zip(alphas, sigmas)), 0.0), factor, flow)
+    return NoiseLevels((*(s if flow else s / a if a else math.inf for a, s in zip(alphas, sigmas)), 0.0), factor, flow)
 
 
 def find_app(pipe):

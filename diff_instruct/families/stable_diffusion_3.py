@@ -10,6 +10,7 @@ class StableDiffusion3(Family):
     """SD3 and 3.5: a transformer that attends to the states of two CLIPs and of T5, padding included; pooled CLIPs."""
 
     name = "StableDiffusion3Pipeline"
+    optional = ("text_encoder_3",)
     unused = ("feature_extractor", "image_encoder")
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD)
     max_sequence_length = 256

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from transformers.utils import cached_file
 
 from diff_instruct.mistake import Mistake
+from pipeline_one_step import Schedule
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -100,7 +101,8 @@ def read_schedule(source, family):
             f"{source.path} has a {schedule['_class_name']} with prediction type {prediction_type}; supported are "
             f"schedules with betas (variance-preserving) and {', '.join(PREDICTION_TYPES)}"
         )
-    return 0, steps - 1
+    schedule = Schedule(DDPMScheduler.from_config(schedule))
+    return schedule.first, schedule.last
 
 
 def read_networks(source, family, index, vae=None):
@@ -109,7 +111,8 @@ def read_networks(source, family, index, vae=None):
     Raises:
         Mistake: if one is missing, or the VAE of another source has other latents.
     """
-    names = [family.denoiser, "vae", *sorted(k for k in index if k.startswith("text_encoder"))]
+    encoders = [k for k in index if k.startswith("text_encoder") and (index[k][0] or k not in family.optional)]
+    names = [family.denoiser, "vae", *sorted(encoders)]
     if "text_encoder" not in names or any(index.get(name, [None])[0] is None for name in names):
         missing = [n for n in (*names, "text_encoder", "text_encoder_2") if index.get(n, [None])[0] is None]
         raise Mistake(f"{source.path} has no {missing[0]}: its model_index.json must name one")

@@ -4,9 +4,10 @@ import copy
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from diff_instruct.models.lora import add_lora
+from diff_instruct.models.lora import add_lora, lora_layers
 from diff_instruct.models.starts import generator_weights
 from pipeline_one_step import OneStepPipeline
 
@@ -14,17 +15,30 @@ from pipeline_one_step import OneStepPipeline
 def load_reference(models, dtype):
     """The stock pipeline of the reference, frozen, its networks in `dtype`, with its LoRA fused."""
     source, parts = models.reference, dict.fromkeys(models.family.unused)
+    for name in set(models.family.optional) - models.networks.keys():  # the published pipeline lacks it
+        parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
     if models.vae is not None:
         cls = type(models.networks["vae"])
         parts["vae"] = cls.from_pretrained(models.vae.path, dtype=dtype, **models.vae.options)
     stock = models.family.stock().from_pretrained(source.path, dtype=dtype, **source.options, **parts)
     if models.lora is not None:
-        stock.load_lora_weights(models.lora.path, cache_dir=models.lora.cache_dir)
-        stock.fuse_lora(components=[models.denoiser], lora_scale=models.lora.scale)
-        stock.unload_lora_weights()
+        fuse_lora(models.lora, stock, models.denoiser)
     for name in models.networks:
         getattr(stock, name).requires_grad_(False).eval()
     return stock
+
+
+def fuse_lora(lora, stock, denoiser):
+    """Add LoRA weights to the network of this name of a stock pipeline."""
+    if lora.peft_config is None:
+        stock.load_lora_weights(lora.path, cache_dir=lora.cache_dir)
+        stock.fuse_lora(components=[denoiser], lora_scale=lora.scale)
+        stock.unload_lora_weights()
+        return
+    adapted = PeftModel.from_pretrained(getattr(stock, denoiser), lora.path, cache_dir=lora.cache_dir)
+    for layer in lora_layers(adapted):
+        layer.scale_layer(lora.scale)
+    setattr(stock, denoiser, adapted.merge_and_unload())
 
 
 def load_network(models, reference, dtype):

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftType
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 
 from diff_instruct.mistake import Mistake
@@ -18,7 +20,8 @@ WEIGHT_FILES = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA weights, as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), and their scale."""
+    """LoRA weights and their scale: as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), or
+    a folder that peft wrote."""
 
     path: str
     scale: float = 1.0
@@ -32,6 +35,16 @@ class Lora:
             return cls(path, float(scale), cache_dir) if path else cls(text, cache_dir=cache_dir)
         except ValueError:
             return cls(text, cache_dir=cache_dir)
+
+    @property
+    def peft_config(self):
+        """The [`PeftConfig`] of what peft wrote, which holds its α; None of other LoRA weights."""
+        if Path(self.path).is_file():
+            return None
+        try:
+            return PeftConfig.from_pretrained(self.path, cache_dir=self.cache_dir)
+        except ValueError:  # so says peft where there is none
+            return None
 
 
 def fixed_timesteps(named, n):
@@ -139,19 +152,31 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
 
 def check_lora(lora, family, network):
     """Raises Mistake if LoRA weights are not there, or not for this network alone."""
-    where = f"--reference_lora {lora.path}"
-    if not family.has_lora_files():
-        raise Mistake(f"{where}: a {family.name} cannot load LoRA weights")
-    try:
-        state = family.stock().lora_state_dict(lora.path, cache_dir=lora.cache_dir)
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
+    where, config = f"--reference_lora {lora.path}", lora.peft_config
+    if config is not None and config.peft_type != PeftType.LORA:
+        raise Mistake(f"{where} holds adapters of the kind {config.peft_type.value}, not LoRA")
+    if config is not None:
+        state, prefix = load_peft_weights(lora.path, device="cpu", cache_dir=lora.cache_dir), "base_model.model."
+    elif not family.has_lora_files():
+        raise Mistake(f"{where}: a {family.name} loads no LoRA files; a folder that peft wrote can be taken")
+    else:
+        try:
+            state, prefix = family.stock().lora_state_dict(lora.path, cache_dir=lora.cache_dir), family.denoiser + "."
+        except (OSError, ValueError) as error:
+            raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
     state = state[0] if isinstance(state, tuple) else state
-    prefix, modules = family.denoiser + ".", {name for name, _ in network.named_modules()}
-    layers = {k.removeprefix(prefix).split(".lora")[0].replace(".processor", "") for k in state if ".lora_A" in k}
-    others = sorted({k for k in state if not k.startswith(prefix)} | (layers - modules))
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in network.named_parameters() if p.ndim > 1}
+    others, layers = [], 0
+    for key, value in state.items():
+        layer, _, part = key.removeprefix(prefix).replace(".processor", "").partition(".lora")
+        axis = 1 if part.startswith("_A") else 0 if part.startswith("_B") else None
+        layers += axis == 1
+        if not key.startswith(prefix) or layer not in shapes:
+            others.append(f"it also holds {key if not key.startswith(prefix) else layer}")
+        elif axis is not None and value.shape[axis] != shapes[layer][axis]:
+            others.append(f"its {layer} is {value.shape[axis]} wide, not {shapes[layer][axis]}")
     if others or not layers:
-        what = f"it also holds {others[0]}" if others else "it holds no LoRA weights"
+        what = min(others) if others else "it holds no LoRA weights"
         raise Mistake(f"{where} is not for the {family.denoiser} of a {family.name}: {what}")
 
 
