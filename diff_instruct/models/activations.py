@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding
 
 from diff_instruct.models.configs import read_index
+from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
@@ -149,8 +150,8 @@ def hollow_actors(args, models, dtype, autocast, fake):
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
         network.train()
-    if args.gradient_checkpointing and parts["vae"]._supports_gradient_checkpointing:
-        parts["vae"].enable_gradient_checkpointing()
+    if args.gradient_checkpointing:
+        checkpoint_decoder(parts["vae"])
     parts["vae"].eval()
     missing = dict.fromkeys(OneStepPipeline._optional_components)
     pipe = OneStepPipeline(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
+from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.lora import add_lora, checkpoint_block
@@ -54,8 +55,8 @@ def load_actors(models, device, dtype, autocast, args):
         if args.compile:
             compile_blocks(network)
         place(network, device, dtype)
-    if args.gradient_checkpointing and stock.vae._supports_gradient_checkpointing:  # Sana's and Qwen's do not
-        stock.vae.enable_gradient_checkpointing()
+    if args.gradient_checkpointing:
+        checkpoint_decoder(stock.vae)
     waiting = args.prompt_cache or args.offload_text_encoder  # until there are prompts to encode
     for name, part in stock.components.items():
         if isinstance(part, torch.nn.Module) and not (waiting and name.startswith("text_encoder")):
