@@ -28,8 +28,9 @@ from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
-from diff_instruct.prompts.files import load_prompts, prompt_sources
+from diff_instruct.prompts.files import prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
+from diff_instruct.prompts.survey import load_prompts, rows_read
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers, truncated_prompts
 from diff_instruct.rewards.specs import read_rewards
@@ -78,7 +79,8 @@ def main(args):
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         check_checkpoint(checkpoint, args, processes)
-    train_prompts, eval_prompts = load_prompts(*prompt_sources(args), args.num_eval_prompts)
+    sources = prompt_sources(args)
+    train_prompts, eval_prompts, count = load_prompts(*sources, args.num_eval_prompts, accelerator.print)
     validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
     real = real_pictures(args.validation_images, validation_prompts)
     if args.dry_run:
@@ -111,8 +113,8 @@ def main(args):
         accelerator, args, "teaching assistant", ta, ta_rate, warmup + args.ta_steps * total, args.ta_steps * rising
     )
     encode = make_conditioning(args, pipe, device)
-    stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, accelerator.process_index, processes)
     place = accelerator.process_index, processes, device
+    stream = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size, *place[:2], args.allow_bad_rows)
     sampler = Sampler(stream, latent_shape, args.train_batch_size, args.seed, *place, steps=len(pipe.timesteps))
     images_per_step = args.train_batch_size * accumulation * processes
     if args.prompt_cache:
@@ -235,6 +237,7 @@ def main(args):
         "stopped_early": done < total,
         "n_prompts": len(eval_prompts),
         "n_images": len(eval_prompts) * args.num_eval_images,
+        "prompt_rows": rows_read(count, stream),
         "truncated_prompts": truncated_prompts(reward, heldout),
         "diversity_by": diversity_features(reward, heldout)[0],
         "skipped_steps": theta.skipped + psi.skipped,

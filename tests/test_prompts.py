@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.prompts.files import PromptSource, load_prompts, open_prompts, prompt_sources, usable
-from diff_instruct.prompts.rows import Skipped
+from diff_instruct.prompts.files import PromptSource, open_prompts, prompt_sources, usable
+from diff_instruct.prompts.rows import BLANK_LINES, Skipped
 from diff_instruct.prompts.stream import PromptStream
+from diff_instruct.prompts.survey import load_prompts
 from diff_instruct.training.arguments import parse_args
 from tests.tiny import PROMPTS
 
@@ -63,23 +64,23 @@ def test_quotation_marks_and_null_are_text(tmp_path):
 
 LONG = "x" * 1_000_000
 JSON_ROWS = [
-    '{"p": "good"}', '{"p": null}', '{"p": 5}', '{"p": ["a"]}', '{"p": ""}', '{"p": " \\n"}', '{"p": "a\\u0000b"}',
+    '{"p": "good"}', '{"p": null}', '{"p": 5}', '{"p": [1]}', '{"p": ""}', '{"p": " \\n"}', '{"p": "a\\u0000b"}',
     '{"p": "\\ud83d"}', '{"q": "x"}', "5", "{", "", "[" * 100_000, json.dumps({"p": LONG}), '{"p": " also good "}',
 ]  # fmt: skip
 JSON_PROBLEMS = {
-    "null": 2, "not text but int": 2, "not text but list": 1, "blank": 3, "a NUL character": 1, "not UTF-8": 1,
-    "not JSON": 2, "longer than 10,000 characters": 1,
+    "null": 1, "without `p`": 1, "not text but int": 2, "not text but list": 1, "blank": 2, BLANK_LINES: 1,
+    "a NUL character": 1, "not UTF-8": 1, "not JSON": 2, "longer than 10,000 characters": 1,
 }  # fmt: skip
 BAD = [
     ("a.txt", b"\xef\xbb\xbfgood\r\n\r\n \t\r\na\0b\r\ncaf\xe9\r\nalso good\r\n" + LONG.encode() + b"\r\n",
-     {"blank": 2, "a NUL character": 1, "not UTF-8": 1, "longer than 10,000 characters": 1}),
+     {BLANK_LINES: 2, "a NUL character": 1, "not UTF-8": 1, "longer than 10,000 characters": 1}),
     ("a.csv",
      b'\xef\xbb\xbfp,q\r\ngood,1\r\n,2\r\n\r\n\xff\xfe,3\r\na,b,c\r\nalso good,\r\n"' + LONG.encode() + b'",x\r\n',
-     {"blank": 2, "not UTF-8": 1, "more cells than columns": 1, "longer than 10,000 characters": 1}),
+     {"blank": 1, BLANK_LINES: 1, "not UTF-8": 1, "more cells than columns": 1, "longer than 10,000 characters": 1}),
     ("a.tsv", b"p\tq\ngood\t1\n\xe9\t2\na\tb\tc\nalso good\t\n", {"not UTF-8": 1, "more cells than columns": 1}),
     ("a.jsonl", "\n".join(JSON_ROWS).encode() + b'\n{"p": "caf\xe9"}', JSON_PROBLEMS | {"not UTF-8": 2}),
     ("a.json", b'[{"p": "good"}, {"p": null}, {}, 5, null, {"p": "also good"}]',
-     {"null": 1, "blank": 1, "not text but int": 1, "not text but NoneType": 1}),
+     {"null": 1, "without `p`": 1, "not text but int": 1, "not text but NoneType": 1}),
 ]  # fmt: skip
 
 
@@ -105,9 +106,9 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path):
     source, skipped = PromptSource(str(tmp_path / "a.parquet"), caption_column="p"), Skipped()
     assert texts(source, skipped) == ["good", "also good"]
     assert skipped.counts == {"null": 1, "not UTF-8": 1, "blank": 1}
-    with pytest.raises(Mistake, match="holds numbers; set --caption_column to one of: p, n, picture"):
+    with pytest.raises(Mistake, match="holds numbers; set --caption_column to one of: p, picture"):
         texts(PromptSource(source.path, caption_column="n"))
-    with pytest.raises(Mistake, match="5 not text but bytes.*--caption_column names"):
+    with pytest.raises(Mistake, match="5 not text but bytes.*--caption_column names another column"):
         texts(PromptSource(source.path, caption_column="picture"))
 
 
@@ -116,18 +117,18 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path):
     [
         ("none.txt", None, None, "no such file or folder"),
         ("empty.txt", "", None, "is empty"),
-        ("blank.txt", "\n" * 100_000, None, "no prompts that can be used: 100,000 blank; the first: blank.txt:1"),
+        ("blank.txt", "\n" * 100_000, None, "no prompts that can be used: 100,000 blank lines; the first: blank.t"),
         ("head.csv", "id,Prompt\n", "Prompt", "is empty"),
         ("a.csv", "id,Prompt\n1,apple\n", None, "set --caption_column to one of: id, Prompt"),
         ("a.csv", "id,Prompt\n1,apple\n", "caption", "no column `caption`"),
         ("a.csv", "id,Prompt\n1,apple\n2,pear\n", "id", "column `id` holds numbers"),
         ("a.jsonl", '{"a": 1, "b": "x"}\n', "a", "column `a` holds numbers"),
-        ("a.jsonl", '{"a": [1], "b": "x"}\n', "a", "1 not text but list.*--caption_column names"),
+        ("a.jsonl", '{"a": [1], "b": "x"}\n', "a", "1 not text but list.*--caption_column names another"),
         ("a.jsonl", "5\n6\n", None, "no rows that can be read; the first one: not text but int"),
         ("a.json", '[\n  {"a": "x"},\n', None, "no rows that can be read"),
         ("a.parquet", "PAR1", None, "cannot be read"),
         ("a.xls", "?", None, "must hold files of one of"),
-        ("utf16.txt", "a cat\na dog".encode("utf-16").decode("latin-1"), None, "can be used"),
+        ("utf16.txt", "a cat\na dog".encode("utf-16-le").decode("latin-1"), None, "can be used"),
     ],
 )
 def test_mistakes_are_named(tmp_path, name, content, column, message):
@@ -154,7 +155,7 @@ def test_a_dataset_that_is_named(tmp_path):
     skipped = Skipped()
     rows = list(usable(open_prompts(source), source, skipped))
     assert len(rows) == 58 and rows[0] == ("prompt 0 1", 1) and skipped.counts == {"null": 2}
-    train, heldout = load_prompts(PromptSource(**named, caption_column="p"), None, 4)
+    train, heldout, _ = load_prompts(PromptSource(**named, caption_column="p", allow_bad_rows=True), None, 4)
     assert heldout == ["prompt 0 1", "prompt 0 21", "prompt 0 41"]
     assert sorted(epoch(train, 0, 55)) == sorted(text for text, _ in rows if text not in heldout)
     for column, message in [
@@ -167,7 +168,7 @@ def test_a_dataset_that_is_named(tmp_path):
 
 
 def test_one_column_needs_no_name(tmp_path):
-    (tmp_path / "a.csv").write_text("anything\na cat\n")
+    (tmp_path / "a.csv").write_text("captions\na cat\n")
     assert texts(PromptSource(str(tmp_path / "a.csv"))) == ["a cat"]
     assert texts(PromptSource(str(tmp_path / "a.csv"), caption_column="Prompt", if_several=True)) == ["a cat"]
     with pytest.raises(Mistake, match="no column `Prompt`"):
@@ -183,7 +184,10 @@ def test_sources_are_read_from_the_arguments(tmp_path):
     command += ["--caption_column", "p", "--eval_prompts", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path)]
     train, judge = prompt_sources(parse_args(command))
     assert train == PromptSource(None, "user/set", "c", "s", caption_column="p") and not train.finite
-    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="p", if_several=True)
+    option = "--eval_caption_column"
+    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="p", if_several=True, option=option)
+    _, judge = prompt_sources(parse_args([*command, option, "q"]))
+    assert judge == PromptSource(str(tmp_path / "a.txt"), caption_column="q", option=option)
 
 
 def epoch(dataset, seed, n):
@@ -195,7 +199,7 @@ def test_heldout_prompts_are_not_trained_on(tmp_path, seed):
     """24 files: the order of files is shuffled, too, so that a row's number says nothing."""
     for i in range(24):
         (tmp_path / f"{i:02d}.txt").write_text("".join(f"prompt {i} {j}\n" for j in range(200)))
-    train, heldout = load_prompts(PromptSource(str(tmp_path)), None, 8)
+    train, heldout, _ = load_prompts(PromptSource(str(tmp_path)), None, 8)
     assert heldout == [f"prompt 0 {20 * i}" for i in range(8)]
     seen = epoch(train, seed, 24 * 200 - 8)
     assert len(set(seen)) == 24 * 200 - 8 and not set(heldout) & set(seen)
@@ -204,7 +208,7 @@ def test_heldout_prompts_are_not_trained_on(tmp_path, seed):
 def test_heldout_prompts_that_occur_again_are_not_trained_on(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
     (tmp_path / "b.txt").write_text("A  Prompt 0 \nprompt  20\n Prompt 0\nother\n")
-    train, heldout = load_prompts(PromptSource(str(tmp_path)), None, 2)
+    train, heldout, _ = load_prompts(PromptSource(str(tmp_path)), None, 2)
     assert heldout == ["prompt 0", "prompt 20"]
     assert sorted(epoch(train, 0, 40)) == sorted(
         [*(f"prompt {i}" for i in range(40) if i % 20), "other", "A  Prompt 0"]
@@ -213,7 +217,7 @@ def test_heldout_prompts_that_occur_again_are_not_trained_on(tmp_path):
 
 def test_only_the_first_samples(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
-    train, heldout = load_prompts(PromptSource(str(tmp_path / "a.txt"), max_samples=5), None, 2)
+    train, heldout, _ = load_prompts(PromptSource(str(tmp_path / "a.txt"), max_samples=5), None, 2)
     assert heldout == ["prompt 0"] and sorted(epoch(train, 0, 8)[:4]) == [f"prompt {i}" for i in range(1, 5)]
 
 
@@ -223,10 +227,14 @@ def test_nothing_left_to_train_on_is_a_mistake(tmp_path):
         load_prompts(PromptSource(str(tmp_path / "a.txt")), None, 2)
 
 
-def test_prompts_to_judge_with_may_be_named(tmp_path, caplog):
-    (tmp_path / "a.txt").write_text("a cat\na dog\n")
-    (tmp_path / "b.txt").write_text("a Cat\n\na bird\na fish\n")
+def test_prompts_to_judge_with_may_be_named(tmp_path, capsys):
+    """They are not trained on, however they are written."""
+    (tmp_path / "a.txt").write_text("a  cat\na dog\na ﬁsh\nCaFE\u0301\na bird\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("a Cat\n\na FISH\nCafé\na bird\n", encoding="utf-8")
     source = PromptSource(str(tmp_path / "a.txt"))
-    train, judge = load_prompts(source, PromptSource(str(tmp_path / "b.txt")), 2)
-    assert judge == ["a Cat", "a bird"] and sorted(epoch(train, 0, 2)) == ["a cat", "a dog"]
-    assert "1 of the 2 prompts to judge with are trained on" in caplog.text
+    train, judge, count = load_prompts(source, PromptSource(str(tmp_path / "b.txt")), 3)
+    assert judge == ["a Cat", "a FISH", "Café"] and sorted(epoch(train, 0, 2)) == ["a bird", "a dog"]
+    assert (count.rows, count.used, count.judged) == (5, 5, 3)
+    line = capsys.readouterr().out
+    assert "a.txt: 5 rows read, 5 used, 3 of them to judge with and not to train on, 0 left out" in line
+    assert "b.txt: 4 rows read, 4 used, 0 left out; no prompts: 1 blank lines (first b.txt:2)" in line

@@ -17,7 +17,8 @@ from huggingface_hub import constants
 import train_diff_instruct_pp as script
 from diff_instruct.export import export
 from diff_instruct.mistake import Mistake
-from diff_instruct.prompts.files import PromptSource, load_prompts
+from diff_instruct.prompts.files import PromptSource
+from diff_instruct.prompts.survey import load_prompts
 from diff_instruct.training import record
 from diff_instruct.training.endings import run_to_the_end
 from tests.runs import load, run
@@ -208,8 +209,8 @@ def test_a_file_of_prompts_runs_no_code(tmp_path):
         file = tmp_path / f"prompts{suffix}"
         file.write_bytes(pickle.dumps([Evil()]))
         try:
-            prompts, _ = load_prompts(PromptSource(str(file)), None, 1)
-            next(iter(prompts), None)
+            prompts = load_prompts(PromptSource(str(file)), None, 1)
+            next(iter(prompts.train), None)
         except Mistake:
             pass
         assert not (tmp_path / "touched").exists()

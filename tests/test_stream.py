@@ -161,6 +161,6 @@ def test_a_step_reads_its_prompts_before_it_begins(waits):
 def test_a_source_that_became_useless_is_a_mistake(tmp_path, waits):
     dataset = numbered(tmp_path, 5)
     (tmp_path / "00.txt").write_text("\n\n")
-    with pytest.raises(Mistake, match="none that can be used: 2 blank; the first: 00.txt:1"):
+    with pytest.raises(Mistake, match="none that can be used: 2 blank lines; the first: 00.txt:1"):
         next(PromptStream(dataset, 0, 10))
     assert waits == []

@@ -10,16 +10,21 @@ import numpy as np
 import torch
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.prompts.rows import Skipped, problem, tidy
+from diff_instruct.prompts.rows import MOST_FAULTS, Skipped, captions, problem
 
 
 logger = logging.getLogger(__name__)
 
 WAITS = (1, 4, 16, 64, 256)  # seconds before a broken stream is read again; `datasets` has tried for minutes before
+ENOUGH = 1000  # rows that are read before the share of those that cannot be used is judged
 
 
 class StreamBroken(RuntimeError):
     """The prompts cannot be read any further, although it was tried for minutes; the run can be continued later."""
+
+
+class TooManyFaults(StreamBroken):
+    """More than 1% of the rows of the stream cannot be used; the run can be continued with --allow_bad_rows."""
 
 
 class PromptStream:
@@ -37,13 +42,16 @@ class PromptStream:
         dataset: from `load_prompts`.
         seed (`int`), buffer_size (`int`): of the shuffle, new in each epoch.
         process_index (`int`), num_processes (`int`): k and n.
+        allow_bad_rows (`bool`): whether more than 1% of the rows may be left out.
 
     Attributes:
+        used (`int`): rows that could be used, counted as `skipped`.
         skipped ([`Skipped`]): rows that could not be used, counted in one pass over the source, as far as it got.
     """
 
-    def __init__(self, dataset, seed, buffer_size, process_index=0, num_processes=1):
-        self.skipped, self.counted, self.warned = Skipped(), False, False
+    def __init__(self, dataset, seed, buffer_size, process_index=0, num_processes=1, allow_bad_rows=True):
+        self.skipped, self.used, self.counted, self.warned = Skipped(), 0, False, False
+        self.seed, self.allow_bad_rows = seed, allow_bad_rows
         # one file after the other, in an order of its own each epoch: `datasets` reads several at a time in threads,
         # and could wait for ever when one of its iterators was left before its end
         self.dataset = dataset.filter(self.is_usable).shuffle(
@@ -54,8 +62,11 @@ class PromptStream:
 
     def is_usable(self, row):
         why = problem(row)
-        if why is not None and not self.counted:
-            self.skipped.add(row, why)
+        if not self.counted:
+            if why is None:
+                self.used += 1
+            else:
+                self.skipped.add(row, why)
         return why is None
 
     def __iter__(self):
@@ -82,7 +93,7 @@ class PromptStream:
         for wait in (*WAITS, None):
             try:
                 return self.try_to_read()
-            except Mistake:
+            except (Mistake, TooManyFaults):
                 raise
             except Exception as error:  # libraries for networks and formats have no class of errors in common
                 self.rows = None
@@ -97,25 +108,38 @@ class PromptStream:
             if self.rows is None:
                 if not self.counted:
                     self.skipped.clear()  # the epoch is read from its start
+                    self.used = 0
                 self.dataset.set_epoch(self.epoch)
                 self.rows = islice(iter(self.dataset), self.position, None)
             row = next(self.rows, None)
             if row is not None:
                 self.position += 1
-                self.warn()
-                return tidy(row["text"])
+                self.check()
+                return self.one_of(captions(row))
             self.counted = True
-            self.warn()
+            self.check()
             if self.position == 0:
                 raise Mistake(f"the training prompts have none that can be used: {self.skipped}")
             self.epoch, self.position, self.rows = self.epoch + 1, 0, None
 
-    def warn(self):
-        """One line about rows that cannot be used, as soon as there is one."""
-        if self.skipped.counts and not self.warned:
+    def one_of(self, texts):
+        """One of a row's captions, which depends on the seed and the place in the sequence alone."""
+        if len(texts) == 1:
+            return texts[0]
+        drawn = np.random.SeedSequence([self.seed, self.epoch, self.position]).generate_state(1)[0]
+        return texts[int(drawn) % len(texts)]
+
+    def check(self):
+        """One line about rows that cannot be used, as soon as there is one; raises TooManyFaults at more than 1%."""
+        faults = self.skipped.faults
+        if faults and not self.warned:
             self.warned = True
             if self.process_index == 0:
                 logger.warning(f"prompts left out so far: {self.skipped}")
+        rows = self.used + faults
+        if not self.allow_bad_rows and faults > MOST_FAULTS * rows and (self.counted or rows >= ENOUGH):
+            why = f"{faults:,} of the {rows:,} rows of prompts read so far cannot be used: {self.skipped.kinds(True)}"
+            raise TooManyFaults(f"{why}; --allow_bad_rows leaves them out")
 
     def state_dict(self):
         """Where the stream stands: the epoch and how many of its prompts all processes have drawn."""

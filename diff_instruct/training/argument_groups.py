@@ -83,9 +83,27 @@ def add_prompt_arguments(parser):
     g.add_argument("--dataset_config_name", type=text, help="configuration of that dataset")
     g.add_argument("--dataset_split", type=text, default="train", help="split of that dataset")
     g.add_argument(
-        "--train_prompts", type=text, help="instead: a .txt .csv .tsv .jsonl .json .parquet file, or a folder of them"
-    )
-    g.add_argument("--caption_column", type=text, help="column with the prompts; may be left out if there is only one")
+        "--train_prompts", type=text,
+        help="instead: a .txt .csv .tsv .jsonl .json .parquet .tar file, also compressed, a folder of them, or one of "
+        "pictures with captions beside them",
+    )  # fmt: skip
+    g.add_argument(
+        "--caption_column", type=text,
+        help="column with the prompts; may be left out if there is only one; its number, from 1, in a file without "
+        "a header",
+    )  # fmt: skip
+    g.add_argument(
+        "--eval_caption_column", type=text,
+        help="column with the prompts in --eval_prompts; default: as --caption_column, if there are several",
+    )  # fmt: skip
+    g.add_argument(
+        "--caption_choice", choices=["random", "first"], default="random",
+        help="of several captions in a row one is drawn each time, or it is the first",
+    )  # fmt: skip
+    g.add_argument(
+        "--allow_bad_rows", action="store_true",
+        help="leave out rows that cannot be used, even if they are more than 1%% of all, or a whole file",
+    )  # fmt: skip
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first so many prompts")
     g.add_argument(
         "--shuffle_buffer_size", type=positive_int, default=10_000, help="prompts among which the stream is shuffled"

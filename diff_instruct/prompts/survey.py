@@ -1,0 +1,194 @@
+"""What became of the rows: read, used, held out, left out and why; told before training, and kept with the figures."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import IterableDataset
+from tqdm.auto import tqdm
+
+from diff_instruct.mistake import Mistake
+from diff_instruct.prompts.files import first_line, nothing_usable, open_files, open_prompts, rows_of_files, usable
+from diff_instruct.prompts.readers import BROKEN
+from diff_instruct.prompts.rows import MOST_FAULTS, Skipped, captions, problem, same, some
+from diff_instruct.prompts.stream import ENOUGH
+
+
+HELDOUT_EVERY = 20
+
+
+@dataclass
+class Count:
+    """Rows of a [`PromptSource`], as far as it was read.
+
+    Attributes:
+        source: its name.
+        used: rows with a prompt, those that are judged included.
+        judged: of these, the rows that are not trained on, since they are judged.
+        skipped ([`Skipped`]): the others.
+        files: {file: [rows, used]}, of local ones.
+        whole: whether all was read; a data set on the Hub is counted as it comes.
+    """
+
+    source: str
+    used: int = 0
+    judged: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    files: dict = field(default_factory=dict)
+    whole: bool = True
+
+    @property
+    def rows(self):
+        """How many were meant as prompts."""
+        return self.used + self.skipped.faults
+
+    def add(self, row, why, file=None, judged=False):
+        """Count a row of `open_prompts`, with its `problem`."""
+        before = self.skipped.faults
+        if why is None:
+            self.used += 1
+            self.judged += judged
+        else:
+            self.skipped.add(row, why)
+        if file is not None:
+            seen = self.files.setdefault(file, [0, 0])
+            seen[0] += why is None or self.skipped.faults > before
+            seen[1] += why is None
+
+    def fault(self):
+        """Why the prompts are not to be used without being asked, in a few words; None if they are."""
+        lost = [Path(file).name for file, (rows, used) in self.files.items() if rows and not used]
+        if lost:
+            return f"nothing of {some(lost, 3)} can be used"
+        if self.skipped.faults > MOST_FAULTS * self.rows:
+            return f"{self.skipped.faults:,} of {self.rows:,} rows cannot be used"
+        return None
+
+    def check(self, allow_bad_rows):
+        """Raises Mistake if more than 1% of the rows, or a whole file, is left out and that is not allowed."""
+        why = self.fault()
+        if why is not None and not allow_bad_rows:
+            raise Mistake(f"{self.source}: {why}: {self.skipped.kinds(True)}; --allow_bad_rows leaves them out")
+
+    def __str__(self):
+        faults, others = self.skipped.kinds(True), self.skipped.kinds(False)
+        line = f"{self.source}: {self.rows:,} rows read{'' if self.whole else ' so far'}, {self.used:,} used"
+        line += f", {self.judged:,} of them to judge with and not to train on" if self.judged else ""
+        line += f", {self.skipped.faults:,} left out" + (f": {faults}" if faults else "")
+        return line + (f"; no prompts: {others}" if others else "")
+
+    def as_dict(self):
+        """For `training_summary.json`."""
+        return {
+            "rows": self.rows,
+            "used": self.used,
+            "judged": self.judged,
+            "left_out": dict(self.skipped.counts),
+            "first_left_out": dict(self.skipped.places),
+            "all_read": self.whole,
+        }
+
+
+class Prompts(NamedTuple):
+    """What a run reads."""
+
+    train: IterableDataset  # streamed
+    judged: list  # prompts to judge with, which are not in `train`
+    count: Count  # of the training rows
+
+
+def texts(source):
+    """The prompts of a source."""
+    return (text for text, _ in usable(open_prompts(source), source))
+
+
+def is_judged(row, judged):
+    """Whether one of the captions of a row is among the judged ones, a set of `same`."""
+    return problem(row) is None and any(same(text) in judged for text in captions(row))
+
+
+def count_files(source, judged=()):
+    """The [`Count`] of local files.
+
+    Raises:
+        Mistake: if a file is broken.
+    """
+    count = Count(str(source))
+    rows = islice(rows_of_files(*open_files(source), source), source.max_samples)
+    try:
+        for file, row in tqdm(rows, desc=f"reading {source}", unit=" rows", delay=3, leave=False):
+            why = problem(row)
+            count.add(row, why, file, is_judged(row, judged))
+    except BROKEN as error:
+        raise Mistake(f"{source} cannot be read: {first_line(error)}") from None
+    return count
+
+
+def count_head(source, rows, judged):
+    """The [`Count`] of the first rows of a streamed data set."""
+    count = Count(str(source), whole=len(rows) < ENOUGH)
+    for row in rows:
+        why = problem(row)
+        count.add(row, why, judged=is_judged(row, judged))
+    return count
+
+
+def heldout_prompts(rows, source, number):
+    """Every 20th prompt, different ones, `number` of them at most."""
+    heldout = {}
+    for i, (text, _) in enumerate(islice(usable(rows, source), HELDOUT_EVERY * number)):
+        if i % HELDOUT_EVERY == 0:
+            heldout.setdefault(same(text), text)
+    return list(heldout.values())
+
+
+def recorded(rows, seen):
+    """The rows, each of which is noted in a list when it is read."""
+    for row in rows:
+        seen.append(row)
+        yield row
+
+
+def load_prompts(train, judge, num_eval_prompts, tell=print):
+    """The [`Prompts`] of the [`PromptSource`]s of `prompt_sources`; one line says what was read.
+
+    What is judged is every 20th training prompt, or (`judge`) the first prompts of another source. It is never trained
+    on: it is taken out by its text, so also where a prompt occurs twice, in another file or in other writing (`same`).
+    Local files are read once from end to end before, of a data set on the Hub the first rows.
+
+    Raises:
+        Mistake: see `open_prompts`; if no prompt can be used, none is left to train on, or too many rows are left out.
+    """
+    dataset, seen, told = open_prompts(train), [], []
+    rows = recorded(dataset, seen)
+    if judge is None:
+        prompts = heldout_prompts(rows, train, num_eval_prompts)
+    else:
+        counted = count_files(judge)
+        counted.check(judge.allow_bad_rows)
+        prompts, told = list(islice(texts(judge), num_eval_prompts)), [f"to judge with: {counted}"]
+    judged = {same(text) for text in prompts}
+    if train.path is None:
+        list(islice(rows, ENOUGH - min(ENOUGH, len(seen))))
+        count = count_head(train, seen, judged)
+    else:
+        count = count_files(train, judged)
+    if not count.used:
+        raise nothing_usable(train, count.skipped)
+    if count.whole and count.judged == count.used:
+        raise Mistake(
+            f"{train}: every prompt is held out to judge with ({len(prompts)}), none is left to train on: give more, "
+            "or others with --eval_prompts"
+        )
+    count.check(train.allow_bad_rows)
+    tell("; ".join([f"Prompts: {count}", *told]))
+    return Prompts(dataset.filter(lambda row: not is_judged(row, judged)), prompts, count)
+
+
+def rows_read(count, stream):
+    """What `training_summary.json` says of the training rows, after they were drawn from a [`PromptStream`]."""
+    if count.whole:
+        return count.as_dict()
+    read = Count(count.source, stream.used, skipped=stream.skipped, whole=stream.counted).as_dict()
+    return {k: v for k, v in read.items() if k != "judged"}  # which were taken out before they came
