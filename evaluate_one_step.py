@@ -50,12 +50,14 @@ def build_parser():
     add(
         "--prompts",
         type=text,
-        help=f"{', '.join(PROMPT_SETS)}, or a .txt .csv .tsv .jsonl .json .parquet file, or a folder",
+        help=f"{', '.join(PROMPT_SETS)}, or a file or folder in any of the formats of the training script",
     )
     add("--dataset_name", type=text, help="instead: Hub id of a dataset with prompts")
     add("--dataset_config_name", type=text, help="configuration of that dataset")
     add("--dataset_split", type=text, default="train", help="split of that dataset")
     add("--caption_column", type=text, help="column with the prompts; may be left out if there is only one")
+    add("--allow_bad_rows", action="store_true",
+        help="leave out rows of prompts that cannot be used, even if they are more than 1%% of all")  # fmt: skip
     add("--category_column", type=text, help="column with categories, to report each of them, too")
     add("--num_prompts", type=positive_int,
         help="so many prompts, at even distances (of a dataset: the first); default: all, "
@@ -190,7 +192,7 @@ def main(args):
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     if device.type == "cpu":
         use_cores(accelerator.num_processes)
-    prompts = load_prompt_set(args)
+    prompts = load_prompt_set(args, accelerator.print)
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

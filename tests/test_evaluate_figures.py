@@ -11,6 +11,7 @@ from diff_instruct.evaluation.candidates import Contender
 from diff_instruct.evaluation.prompt_sets import PromptSet, load_prompt_set, spread
 from diff_instruct.evaluation.report import compare_pairs, markdown, report, summarise
 from diff_instruct.evaluation.statistics import mean_over_categories, mean_with_interval, wins
+from diff_instruct.mistake import Mistake
 
 
 def prompt_set(n, categories=None, rule="prompts"):
@@ -105,6 +106,25 @@ def test_the_prompt_sets_of_the_benchmarks(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "open_prompts", coco)
     prompts = load_prompt_set(arguments("--prompts", "coco2017"))
     assert len(prompts.texts) == 1000 and prompts.texts[:2] == ["caption 0", "caption 5"]
+
+
+def test_categories_with_holes(tmp_path, capsys):
+    """Three of four prompts have one: those are reported, the hole is told, and no mean over categories is taken."""
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,kind\na cat,animal\na pear,\na dog,animal\nthe moon,sky\n")
+    columns = ["--prompts", file, "--caption_column", "prompt", "--category_column", "kind"]
+    prompts = load_prompt_set(arguments(*columns))
+    assert prompts.categories == ["animal", None, "animal", "sky"] and prompts.rule == "prompts"
+    assert prompts.rows["used"] == 4 and "1 of 4 have no category" in capsys.readouterr().out
+    figures = summarise({"clip": torch.tensor([[1.0], [9.0], [3.0], [5.0]])}, prompts)["clip"]
+    means = {name: figure["mean"] for name, figure in figures["by_category"].items()}
+    assert figures["mean"] == 4.5 and means == {"animal": 2, "sky": 5}
+    with pytest.raises(Mistake, match="1 of 4 prompts of .* have no category, the first is `a pear`.*_over prompts"):
+        load_prompt_set(arguments(*columns, "--mean_over", "categories"))
+    file.write_text("prompt,kind\na cat,animal\n,\n")
+    with pytest.raises(Mistake, match="1 of 2 rows cannot be used: 1 blank .first rows.csv:3.*--allow_bad_rows"):
+        load_prompt_set(arguments(*columns))
+    assert load_prompt_set(arguments(*columns, "--allow_bad_rows")).texts == ["a cat"]
 
 
 def test_the_output_says_rule_and_units():

@@ -22,7 +22,7 @@ from diff_instruct.prompts import stream as stream_module
 from diff_instruct.prompts.files import PromptSource, open_prompts, usable
 from diff_instruct.prompts.rows import COMMENTS, OPTIONS, problem, same, some, tidy
 from diff_instruct.prompts.stream import PromptStream, TooManyFaults
-from diff_instruct.prompts.survey import count_files, load_prompts, rows_read
+from diff_instruct.prompts.survey import count_rows, load_prompts, rows_read
 from diff_instruct.prompts.text_files import COMMENT, OPTION
 
 
@@ -70,7 +70,7 @@ PANDAS = {
 def test_what_pandas_writes(tmp_path, name):
     PANDAS[name](tmp_path / name)
     assert texts(tmp_path / name, **NAMED) == TEXTS
-    assert count_files(PromptSource(str(tmp_path), **NAMED)).rows == len(TEXTS)
+    assert count_rows(PromptSource(str(tmp_path), **NAMED)).rows == len(TEXTS)
 
 
 def test_one_column_needs_no_delimiter_in_its_header(tmp_path):
@@ -172,7 +172,7 @@ def test_captions_beside_pictures(tmp_path):
         file.rename(file.with_suffix(".txt"))
     assert texts(tmp_path) == [f"caption {i},\nin two lines" for i in (3, 1, 2)]
     (tmp_path / "b" / "list.txt").write_text("a\nb\n")
-    count = count_files(PromptSource(str(tmp_path)))
+    count = count_rows(PromptSource(str(tmp_path)))
     assert (count.used, count.skipped.places) == (3, {"a .txt beside no picture": "b/list.txt"})
 
 
@@ -181,7 +181,7 @@ def test_folders_in_folders(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.txt").write_text(f"prompt {name[-1]}\n")
     assert texts(tmp_path) == ["prompt 3", "prompt 1", "prompt 2"]
-    assert count_files(PromptSource(str(tmp_path))).files.keys() == {str(f) for f in tmp_path.rglob("*.txt")}
+    assert count_rows(PromptSource(str(tmp_path))).files.keys() == {str(f) for f in tmp_path.rglob("*.txt")}
 
 
 def test_what_datasets_saves(tmp_path):
@@ -236,7 +236,7 @@ def test_several_captions_in_a_row(tmp_path, kind):
 def test_captions_of_which_some_cannot_be_used(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"c": ["", null, "a cat "]}\n{"c": []}\n{"c": [""]}\n')
     source = PromptSource(str(tmp_path / "a.jsonl"))
-    assert texts(source.path) == ["a cat"] and count_files(source).skipped.counts == {
+    assert texts(source.path) == ["a cat"] and count_rows(source).skipped.counts == {
         "not text but list": 1,
         "blank": 1,
     }
@@ -386,5 +386,5 @@ def test_any_texts_come_back(tmp_path_factory, name, rows):
     path = tmp_path_factory.mktemp("shape") / name
     WRITERS[name](path, rows)
     assert texts(path, caption_column="prompt", if_several=True) == rows
-    count = count_files(PromptSource(str(path), caption_column="prompt", if_several=True))
+    count = count_rows(PromptSource(str(path), caption_column="prompt", if_several=True))
     assert (count.rows, count.used) == (len(rows), len(rows))

@@ -177,11 +177,12 @@ def test_one_column_needs_no_name(tmp_path):
 
 def test_sources_are_read_from_the_arguments(tmp_path):
     (tmp_path / "a.txt").write_text("a cat\n")
-    command = ["--train_prompts", str(tmp_path / "a.txt"), "--max_train_samples", "5", "--output_dir", str(tmp_path)]
+    out = ["--output_dir", str(tmp_path / "out")]
+    command = ["--train_prompts", str(tmp_path / "a.txt"), "--max_train_samples", "5", *out]
     train, judge = prompt_sources(parse_args(command))
     assert train == PromptSource(str(tmp_path / "a.txt"), max_samples=5) and train.finite and judge is None
     command = ["--dataset_name", "user/set", "--dataset_config_name", "c", "--dataset_split", "s"]
-    command += ["--caption_column", "p", "--eval_prompts", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path)]
+    command += ["--caption_column", "p", "--eval_prompts", str(tmp_path / "a.txt"), *out]
     train, judge = prompt_sources(parse_args(command))
     assert train == PromptSource(None, "user/set", "c", "s", caption_column="p") and not train.finite
     option = "--eval_caption_column"

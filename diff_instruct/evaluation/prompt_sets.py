@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,7 @@ import huggingface_hub
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.files import PromptSource, open_prompts, usable
-from diff_instruct.prompts.rows import Skipped
-
-
-logger = logging.getLogger(__name__)
+from diff_instruct.prompts.survey import read_all
 
 
 COCO, PARTI, HPSV2 = "phiyodr/coco2017", "nateraw/parti-prompts", "zhwang/HPDv2"  # data sets on the Hub
@@ -31,14 +27,16 @@ class PromptSet:
     Args:
         source: where they are from.
         texts: a list of P prompts.
-        categories: a list of P names, or None.
+        categories: a list of P names, None for a prompt without; or None.
         rule: "prompts" or "categories", see `RULES`.
+        rows (`dict`, *optional*): of a file or data set, what was read and what left out.
     """
 
     source: str
     texts: list
     categories: list | None
     rule: str
+    rows: dict | None = None
 
     @property
     def sha256(self):
@@ -78,9 +76,9 @@ DEFAULT_NUMBER = {"coco2017": 1000}  # as many as the papers take; all of the ot
 
 
 def read_rows(args):
-    """(prompt, category or None) of `--prompts` or `--dataset_name`."""
+    """([(prompt, category or None)] of `--prompts` or `--dataset_name`, [`Count`] or None)."""
     if args.prompts in PROMPT_SETS:
-        return PROMPT_SETS[args.prompts]()
+        return PROMPT_SETS[args.prompts](), None
     source = PromptSource(
         args.prompts,
         args.dataset_name,
@@ -90,16 +88,13 @@ def read_rows(args):
         category_column=args.category_column,
         max_samples=args.num_prompts if args.prompts is None else None,
         cache_dir=args.cache_dir,
+        allow_bad_rows=args.allow_bad_rows,
     )
-    skipped = Skipped()
-    rows = list(usable(open_prompts(source), source, skipped))
-    if skipped.counts:
-        logger.warning(f"prompts left out: {skipped}")
-    return rows
+    return read_all(source)
 
 
-def load_prompt_set(args):
-    """The `PromptSet` that the arguments say; prompts without text are left out.
+def load_prompt_set(args, tell=print):
+    """The `PromptSet` that the arguments say; one line says what was read, and what left out.
 
     Raises:
         Mistake: if they are not there or cannot be downloaded, or there is none; see also `open_prompts`.
@@ -108,7 +103,7 @@ def load_prompt_set(args):
     if args.prompts is not None and args.prompts not in PROMPT_SETS and not Path(args.prompts).exists():
         raise Mistake(f"--prompts {args.prompts}: neither one of {', '.join(PROMPT_SETS)}, nor a file or folder")
     try:
-        rows = read_rows(args)
+        rows, count = read_rows(args)
     except OSError as error:
         line = str(error).splitlines()[0]
         raise Mistake(f"the prompts {source} cannot be downloaded ({line}); give a file with --prompts") from None
@@ -118,8 +113,19 @@ def load_prompt_set(args):
     if not rows:
         raise Mistake(f"{source} has no prompts")
     texts, categories = [text for text, _ in rows], [category for _, category in rows]
-    has_categories = all(category is not None for category in categories)
+    holes = [text for text, category in rows if category is None]
     rule = args.mean_over or ("categories" if args.prompts == "hpsv2" else "prompts")
-    if rule == "categories" and not has_categories:
+    if rule == "categories" and len(holes) == len(rows):
         raise Mistake(f"--mean_over categories: {source} has none; name their column with --category_column")
-    return PromptSet(source, texts, [str(c) for c in categories] if has_categories else None, rule)
+    if rule == "categories" and holes:
+        raise Mistake(
+            f"--mean_over categories: {len(holes)} of {len(rows)} prompts of {source} have no category, the first is "
+            f"`{holes[0][:60]}`: fill them in, or take --mean_over prompts"
+        )
+    if count is not None:
+        told = [f"Prompts: {count}"]
+        if args.category_column is not None and holes:
+            told.append(f"{len(holes)} of {len(rows)} have no category and count in the figures of all prompts alone")
+        tell("; ".join(told))
+    categories = [None if c is None else str(c) for c in categories] if len(holes) < len(rows) else None
+    return PromptSet(source, texts, categories, rule, count and count.as_dict())

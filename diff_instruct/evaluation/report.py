@@ -32,9 +32,9 @@ def figure(values, prompts):
 
 
 def by_category(values, categories):
-    """`figure` of the prompts of each category alone, and how many they are."""
+    """`figure` of the prompts of each category alone, and how many they are; some may have none."""
     figures = {}
-    for name in sorted(set(categories)):
+    for name in sorted(set(categories) - {None}):
         chosen = torch.tensor([category == name for category in categories])
         mean, interval = mean_with_interval(values[chosen])
         figures[name] = {"mean": mean, "ci95": interval, "n_prompts": int(chosen.sum())}
@@ -98,12 +98,16 @@ def report(args, contenders, kept, prompts, device):
     for b in (b for part in kept.values() for b in part):
         for key, checksums in b["truncated"].items():
             cut[key].update(checksums)
+    categories = prompts.categories and Counter(prompts.categories)
+    holes = categories.pop(None, 0) if categories else len(prompts.texts)
     return {
         "prompts": {
             "source": prompts.source,
             "number": len(prompts.texts),
             "sha256": prompts.sha256,
-            "categories": prompts.categories and dict(sorted(Counter(prompts.categories).items())),
+            "categories": categories and {name: categories[name] for name in sorted(categories)},
+            "without_category": holes,
+            "rows": prompts.rows,
             "rule": prompts.rule,
             "rule_is": RULES[prompts.rule],
         },
@@ -184,6 +188,8 @@ def markdown(result):
             )
     if prompts["categories"]:
         text.append("## By category")
+        if prompts["without_category"]:
+            text.append(f"{prompts['without_category']} prompts have no category; they count above alone.")
         for key in keys:
             rows = [
                 [f"{category} ({n})", *(cell(m["figures"][key]["by_category"][category]) for m in models.values())]

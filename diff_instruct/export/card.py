@@ -12,6 +12,7 @@ from huggingface_hub.errors import HTTPError
 
 from diff_instruct.evaluation.statistics import INTERVALS, interval
 from diff_instruct.export.apps import where_it_runs
+from diff_instruct.prompts.survey import in_words
 from diff_instruct.training.methods import METHODS, method_of
 from diff_instruct.training.record import portable
 
@@ -163,6 +164,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
         intervals=INTERVALS,
+        prompts_read=in_words(summary["prompt_rows"]),
         license=license.get("license_name") or license.get("license"),
         command=command_line(),
         arguments=json.dumps(summary["arguments"], indent=2),

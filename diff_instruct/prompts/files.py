@@ -241,14 +241,19 @@ def usable(dataset, source, skipped=None):
         why = problem(row)
         if why is None:
             found = True
-            category = row.get("category")
-            yield captions(row)[0], None if isinstance(category, str) and not category.strip() else category
+            yield captions(row)[0], category_of(row)
         else:
             skipped.add(row, why)
         if i == HEAD and not found and all(kind.startswith("not text but") for kind in skipped.counts):
             break
     if not found:
         raise nothing_usable(source, skipped)
+
+
+def category_of(row):
+    """The category of a row of `open_prompts`; None if the cell is empty, or no column is named."""
+    category = row.get("category")
+    return None if isinstance(category, str) and not category.strip() else category
 
 
 def nothing_usable(source, skipped):

@@ -39,6 +39,12 @@ def read_tar(file, source, columns=None):
     Its text is the .txt or .caption, as the column `txt` or `caption`; or a column of the .json, if there is no text
     or if it is named.
     """
+    for number, sample in enumerate(texts_of_tar(file).values(), 1):
+        yield number, sample_row(sample, source)
+
+
+def texts_of_tar(file):
+    """{name of a sample: {"txt", "caption", "json": bytes, as far as there are such}}."""
     samples = {}
     with tarfile.open(file) as archive:
         for member in archive:
@@ -48,8 +54,7 @@ def read_tar(file, source, columns=None):
                 sample = samples.setdefault(f"{folder}/{key}", {})
                 if kind.lower() in ("txt", "caption", "json"):
                     sample[kind.lower()] = archive.extractfile(member).read()
-    for number, sample in enumerate(samples.values(), 1):
-        yield number, sample_row(sample, source)
+    return samples
 
 
 def sample_row(sample, source):

@@ -9,9 +9,17 @@ from datasets import IterableDataset
 from tqdm.auto import tqdm
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.prompts.files import first_line, nothing_usable, open_files, open_prompts, rows_of_files, usable
+from diff_instruct.prompts.files import (
+    category_of,
+    first_line,
+    nothing_usable,
+    open_files,
+    open_prompts,
+    rows_of_files,
+    usable,
+)
 from diff_instruct.prompts.readers import BROKEN
-from diff_instruct.prompts.rows import MOST_FAULTS, Skipped, captions, problem, same, some
+from diff_instruct.prompts.rows import MOST_FAULTS, NO_ROWS, Skipped, captions, problem, same, some
 from diff_instruct.prompts.stream import ENOUGH
 
 
@@ -98,39 +106,58 @@ class Prompts(NamedTuple):
     count: Count  # of the training rows
 
 
-def texts(source):
-    """The prompts of a source."""
-    return (text for text, _ in usable(open_prompts(source), source))
-
-
 def is_judged(row, judged):
     """Whether one of the captions of a row is among the judged ones, a set of `same`."""
     return problem(row) is None and any(same(text) in judged for text in captions(row))
 
 
-def count_files(source, judged=()):
-    """The [`Count`] of local files.
+def all_rows(source):
+    """(file or None, row) of every row of a source.
 
     Raises:
-        Mistake: if a file is broken.
+        Mistake: if a file is broken; see also `open_prompts`.
     """
-    count = Count(str(source))
+    if source.path is None:
+        yield from ((None, row) for row in open_prompts(source))
+        return
     rows = islice(rows_of_files(*open_files(source), source), source.max_samples)
     try:
-        for file, row in tqdm(rows, desc=f"reading {source}", unit=" rows", delay=3, leave=False):
-            why = problem(row)
-            count.add(row, why, file, is_judged(row, judged))
+        yield from tqdm(rows, desc=f"reading {source}", unit=" rows", delay=3, leave=False)
     except BROKEN as error:
         raise Mistake(f"{source} cannot be read: {first_line(error)}") from None
+
+
+def count_rows(source, judged=()):
+    """The [`Count`] of a source that ends. Raises as `all_rows`."""
+    count = Count(str(source))
+    for file, row in all_rows(source):
+        count.add(row, problem(row), file, is_judged(row, judged))
     return count
+
+
+def read_all(source):
+    """([(prompt, category or None)], [`Count`]) of a source that ends; of several captions in a row the first.
+
+    Raises:
+        Mistake: as `all_rows`; if there is no prompt, or too many rows cannot be used.
+    """
+    count, found = Count(str(source)), []
+    for file, row in all_rows(source):
+        why = problem(row)
+        count.add(row, why, file)
+        if why is None:
+            found.append((captions(row)[0], category_of(row)))
+    if not found:
+        raise nothing_usable(source, count.skipped)
+    count.check(source.allow_bad_rows)
+    return found, count
 
 
 def count_head(source, rows, judged):
     """The [`Count`] of the first rows of a streamed data set."""
     count = Count(str(source), whole=len(rows) < ENOUGH)
     for row in rows:
-        why = problem(row)
-        count.add(row, why, judged=is_judged(row, judged))
+        count.add(row, problem(row), judged=is_judged(row, judged))
     return count
 
 
@@ -165,15 +192,14 @@ def load_prompts(train, judge, num_eval_prompts, tell=print):
     if judge is None:
         prompts = heldout_prompts(rows, train, num_eval_prompts)
     else:
-        counted = count_files(judge)
-        counted.check(judge.allow_bad_rows)
-        prompts, told = list(islice(texts(judge), num_eval_prompts)), [f"to judge with: {counted}"]
+        found, counted = read_all(judge)
+        prompts, told = [text for text, _ in found[:num_eval_prompts]], [f"to judge with: {counted}"]
     judged = {same(text) for text in prompts}
     if train.path is None:
         list(islice(rows, ENOUGH - min(ENOUGH, len(seen))))
         count = count_head(train, seen, judged)
     else:
-        count = count_files(train, judged)
+        count = count_rows(train, judged)
     if not count.used:
         raise nothing_usable(train, count.skipped)
     if count.whole and count.judged == count.used:
@@ -184,6 +210,15 @@ def load_prompts(train, judge, num_eval_prompts, tell=print):
     count.check(train.allow_bad_rows)
     tell("; ".join([f"Prompts: {count}", *told]))
     return Prompts(dataset.filter(lambda row: not is_judged(row, judged)), prompts, count)
+
+
+def in_words(read):
+    """What `rows_read` has, as a model card says it."""
+    words = f"{read['rows']:,} rows read{'' if read['all_read'] else ' of a stream'}, {read['used']:,} used"
+    if read.get("judged"):
+        words += f", {read['judged']:,} of these to judge with and not to train on"
+    left_out = ", ".join(f"{n:,} {why}" for why, n in read["left_out"].items() if why not in NO_ROWS)
+    return words + (f"; left out: {left_out}" if left_out else "")
 
 
 def rows_read(count, stream):

@@ -4,12 +4,16 @@ import hashlib
 import platform
 import shlex
 import subprocess
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import dataset_info
 from huggingface_hub.errors import HTTPError
+
+from diff_instruct.prompts.readers import format_of
+from diff_instruct.prompts.samples import PICTURES, texts_of_tar
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,12 +47,24 @@ def arguments_of(args):
 
 
 def digest(path):
-    """SHA-256, hexadecimal, of a file; of a folder: of the names and digests of its files."""
+    """SHA-256, hexadecimal, of a file; of a folder: of the names and digests of its files but for pictures."""
     path = Path(path)
     if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.is_file())
+        files = (p for p in path.rglob("*") if p.is_file() and p.suffix.lower() not in PICTURES)
+        names = sorted(p.relative_to(path).as_posix() for p in files)
         return hashlib.sha256("".join(f"{name} {digest(path / name)}\n" for name in names).encode()).hexdigest()
+    stat = path.stat()
+    return digest_of_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=None)
+def digest_of_file(path, size, changed):
+    """SHA-256, hexadecimal, of a file; of a web dataset: of its texts, as the pictures in it are large."""
     found = hashlib.sha256()
+    if format_of(path) == ".tar":
+        for sample in texts_of_tar(path).values():
+            found.update(repr(sorted(sample.items())).encode())
+        return found.hexdigest()
     with path.open("rb") as f:
         while block := f.read(2**20):
             found.update(block)
