@@ -44,7 +44,7 @@ def base_license(base):
     card, data = Path(base) / "README.md", None
     if card.is_file():
         data = ModelCard.load(card).data
-    elif not Path(base).is_dir():
+    elif not Path(base).exists():
         try:
             data = model_info(base).card_data
         except (OSError, HTTPError) as error:
@@ -92,7 +92,7 @@ def card_data(args, pipe, prompts, license, lora):
         lora: whether there is a LoRA file.
     """
     base = args.pretrained_model_name_or_path
-    on_hub = not Path(base).is_dir()
+    on_hub = not Path(base).exists()
     tags = ["text-to-image", "diffusers", "diff-instruct", "few-step" if len(pipe.timesteps) > 1 else "one-step"]
     return ModelCardData(
         library_name="diffusers",
@@ -132,7 +132,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         license (`dict`): from `base_license`.
         folder: where the export is written.
     """
-    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).exists()
     stock_class, prompt, name = family.stock, prompts[0], Path(args.output_dir).resolve().name
     lora = (folder / LORA_WEIGHTS).is_file()
     entries = eval_results(args, summary, date.today().isoformat())

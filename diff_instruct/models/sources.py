@@ -12,6 +12,7 @@ from diff_instruct.models.configs import (
     read_networks,
     read_schedule,
 )
+from diff_instruct.models.single_file import config_of, converted, is_single_file
 from diff_instruct.models.starts import Lora, check_generator, check_lora, fixed_timesteps, words
 from pipeline_one_step import Family
 
@@ -114,8 +115,13 @@ def models_of(args):
     Raises:
         Mistake: as `read_models`; and for guidance away from ∅ where the reference knows none.
     """
-    cache_dir = args.cache_dir
-    reference = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, cache_dir)
+    cache_dir, path = args.cache_dir, args.pretrained_model_name_or_path
+    if is_single_file(path):
+        config = config_of(path, args.single_file_config)
+        path = config if args.dry_run else converted(path, config, cache_dir)
+    elif args.single_file_config is not None:
+        raise Mistake(f"--single_file_config is for a reference in one file, but {path} is none")
+    reference = ModelSource(path, args.revision, args.variant, cache_dir)
     others = args.pretrained_generator_name_or_path, args.pretrained_vae_model_name_or_path
     generator, vae = (path and ModelSource(path, cache_dir=cache_dir) for path in others)
     asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance

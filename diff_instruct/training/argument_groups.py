@@ -31,13 +31,21 @@ SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CON
 def add_model_arguments(parser):
     g = parser.add_argument_group("models")
     g.add_argument(
-        "--pretrained_model_name_or_path", type=text, help="the reference: Hub id or folder of a diffusers pipeline"
+        "--pretrained_model_name_or_path",
+        type=text,
+        help="the reference: Hub id or folder of a diffusers pipeline, or one .safetensors file",
     )
     g.add_argument(
         "--pretrained_generator_name_or_path",
         type=text,
         help="one-step model to start from: a pipeline or its network alone (Hub id or folder), or one .safetensors "
         "or .bin file (on the Hub: owner/name/file); without it the generator starts as the reference",
+    )
+    g.add_argument(
+        "--single_file_config",
+        type=text,
+        help="of a reference in one .safetensors file: a pipeline of the same architecture (Hub id or folder), for "
+        "configs, tokenizers and what the file does not hold; default: the one by which diffusers knows its kind",
     )
     g.add_argument("--revision", type=text, help="revision of the reference on the Hub")
     g.add_argument("--variant", type=text, help="variant of the reference's files, for example fp16")
