@@ -24,9 +24,11 @@ from diff_instruct.export.card import base_license, figure_names
 from diff_instruct.export.export import create_repository, export, save_generator, upload
 from diff_instruct.files import whole
 from diff_instruct.models.actors import load_actors
-from diff_instruct.models.memory_plan import advice, plan, table
 from diff_instruct.models.reference import encode_null
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import models_of
+from diff_instruct.plan.advice import advice
+from diff_instruct.plan.memory_plan import plan, table
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
@@ -85,7 +87,7 @@ def main(args):
     real = real_pictures(args.validation_images, validation_prompts)
     if args.dry_run:
         if args.memory_gib:
-            accelerator.print(advice(args, models, accelerator.mixed_precision, args.memory_gib))
+            accelerator.print(advice(args, models, args.memory_gib))
         return
     check_accelerations(args, models, accelerator)
     repo = create_repository(args) if args.push_to_hub and is_main else None
@@ -97,7 +99,7 @@ def main(args):
     trained_on, reported = read_rewards(args)
     reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir)
     heldout = load_scorers(reported, device, args.cache_dir)
-    actors = load_actors(models, device, dtype, accelerator.autocast, args)
+    actors = load_actors(models, roles_of(args, models), device, dtype, accelerator.autocast, args)
     pipe, generator, ta, ref = actors.pipe, actors.generator, actors.ta, actors.ref
     latent_shape = pipe.latent_shape(args.resolution, args.resolution)
     decode = pipe.decode  # of the reward's gradient; figures always use the VAE

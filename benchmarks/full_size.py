@@ -27,8 +27,8 @@ import transformers
 import train_diff_instruct_pp as script
 from benchmarks.reward_cost import full_size
 from diff_instruct.evaluation.pictures import draw_reference
-from diff_instruct.models.memory_plan import GIB, plan
 from diff_instruct.models.sources import models_of
+from diff_instruct.plan.memory_plan import GIB, plan
 from diff_instruct.rewards.loading import REWARDS
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.optimizer import Trained

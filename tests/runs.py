@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.lora import add_lora
 from diff_instruct.models.sources import models_of
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.history import TIMINGS
@@ -51,7 +52,10 @@ def load(command):
     args = parse_args([str(a) for a in command])
     models = models_of(args)
     stock = load_reference(models, torch.float32)
-    return args, models, stock, load_generator(models, stock, args.lora_rank, args.lora_alpha)
+    pipe = load_generator(models, stock)
+    if args.lora_rank:
+        add_lora(pipe.denoiser, "generator", args.lora_rank, args.lora_alpha, models.family.lora_targets)
+    return args, models, stock, pipe
 
 
 def watch_actors(monkeypatch, *looks):

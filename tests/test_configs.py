@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from diff_instruct.export.apps import noise_levels, where_it_runs
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import add_lora, trained_parameters
-from diff_instruct.models.memory_plan import plan, table
 from diff_instruct.models.sources import models_of
+from diff_instruct.plan.memory_plan import plan, table
 from diff_instruct.training.arguments import parse_args
 from tests.runs import load
 from tests.tiny import tiny_sd

@@ -9,6 +9,7 @@ from diffusers import PixArtTransformer2DModel
 
 import train_diff_instruct_pp as script
 from diff_instruct.families import FAMILIES
+from diff_instruct.models.actors import Actors
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.terms import IKL, DiffusedReward, ScoreDistance
@@ -62,7 +63,7 @@ def move_ta(actors):
 def move_full_ta(actors):
     """The same function as after `move_ta`, as a full network."""
     lora = add_lora(copy.deepcopy(actors.ref.network), "ta", 2, 2, FAMILIES["PixArtAlphaPipeline"].lora_targets)
-    move_ta(actors._replace(ta=Denoiser(actors.pipe, lora, "ta")))
+    move_ta(Actors(actors.stock, actors.pipe, {"ta": Denoiser(actors.pipe, lora, "ta")}))
     actors.ta.network.load_state_dict({k: make() for k, make in merged(lora, "ta").items()})
 
 

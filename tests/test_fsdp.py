@@ -22,9 +22,10 @@ from diff_instruct.export import tensors
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.lora import merged, trained_parameters
-from diff_instruct.models.memory_plan import plan
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sharding import place, whole
 from diff_instruct.models.sources import models_of
+from diff_instruct.plan.memory_plan import plan
 from diff_instruct.training.arguments import parse_args
 from tests.families import FLOW, SIDES, save
 from tests.processes import Run
@@ -255,7 +256,7 @@ def test_what_does_not_work_with_it(tiny_args, tmp_path, monkeypatch, variables,
 def test_the_plan_is_that_of_a_share(tiny_args, monkeypatch):
     args = parse_args([str(a) for a in tiny_args])
     whole = plan(args, models_of(args), "no")
-    monkeypatch.setattr("diff_instruct.models.memory_plan.processes", lambda: 4)
+    monkeypatch.setattr("diff_instruct.plan.memory_plan.processes", lambda: 4)
     share = plan(args, models_of(args), "no")
     for actor in ("generator", "teaching assistant", "reference"):
         assert share[actor] == {k: v // 4 for k, v in whole[actor].items()}
@@ -299,9 +300,10 @@ def passes_and_gradients(command):
     """All networks of a run at work, as in Algorithm 1: tensors, whole, by name."""
     args = parse_args([str(a) for a in command])
     torch.manual_seed(0)  # adapters are drawn
-    actors = load_actors(models_of(args), "cpu", torch.float32, nullcontext, args)
-    generator, ta, ref, _ = roles = actors.generator, actors.ta, actors.ref, actors.pipe
-    parameters = [trained_parameters(role.network, role.adapter) for role in roles[:2]]
+    models = models_of(args)
+    actors = load_actors(models, roles_of(args, models), "cpu", torch.float32, nullcontext, args)
+    generator, ta, ref = actors.generator, actors.ta, actors.ref
+    parameters = [trained_parameters(role.network, role.adapter) for role in (generator, ta)]
     for p in (p for part in parameters for p in part.values()):
         p.requires_grad_(True)
     rng, shape = torch.Generator().manual_seed(0), actors.pipe.latent_shape(args.resolution, args.resolution)

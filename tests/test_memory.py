@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 
 from diff_instruct.export.tensors import save_network
 from diff_instruct.families import FAMILIES
-from diff_instruct.models import memory_plan
-from diff_instruct.models.activations import Live, activations
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
-from diff_instruct.models.memory_plan import GIB
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import models_of
+from diff_instruct.plan import advice
+from diff_instruct.plan.activations import Live, activations
+from diff_instruct.plan.memory_plan import GIB
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.steps import generator_step, ta_loss
@@ -95,7 +96,9 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     assert predicted["generator's step"] > predicted["validation"] > 0
 
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
-    actors = load_actors(models, "cpu", torch.bfloat16 if half else torch.float32, autocast, args)
+    actors = load_actors(
+        models, roles_of(args, models), "cpu", torch.bfloat16 if half else torch.float32, autocast, args
+    )
     for role in (actors.generator, actors.ta):
         for p in trained_parameters(role.network, role.adapter).values():
             p.requires_grad_(True)
@@ -113,7 +116,11 @@ def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):
     [
         (50, "It fits into 50 GiB, and so does a batch of about 10."),
         (7, "It fits into 7 GiB with --gradient_checkpointing --reward_batch_size 1: 6.00 GiB."),
-        (1, "It does not fit into 1 GiB: 6.00 GiB even with --gradient_checkpointing --reward_batch_size 1 --re"),
+        (
+            4,
+            "It fits into 4 GiB with --gradient_checkpointing --reward_batch_size 1 --train_batch_size 1 --gra",
+        ),
+        (1, "It does not fit into 1 GiB: 3.00 GiB even with --gradient_checkpointing --reward_batch_size 1 --train"),
     ],
 )
 def test_what_fits_is_said(tiny_args, monkeypatch, capsys, gib, words):
@@ -123,7 +130,7 @@ def test_what_fits_is_said(tiny_args, monkeypatch, capsys, gib, words):
         each = 5 - args.gradient_checkpointing - (args.reward_batch_size == 1)
         return "generator's step", args.train_batch_size * each * GIB
 
-    monkeypatch.setattr(memory_plan, "peak", peak)
+    monkeypatch.setattr(advice, "peak", peak)
     run([*tiny_args, "--dry_run", "--memory_gib", gib])
     assert words in capsys.readouterr().out
 
@@ -133,7 +140,8 @@ def test_one_base_for_three_roles_equals_three_networks(tiny_args, method):
     """Gradients of both adapters, with checkpointing on the one base, against separate copies without it."""
     options = [*tiny_args, *method, "--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing"]
     args = parse_args([str(a) for a in options])
-    actors = load_actors(models_of(args), "cpu", torch.float32, nullcontext, args)
+    models = models_of(args)
+    actors = load_actors(models, roles_of(args, models), "cpu", torch.float32, nullcontext, args)
     assert actors.generator.network is actors.ta.network is actors.ref.network
     rng = torch.Generator().manual_seed(1)
     for role in (actors.generator, actors.ta):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.plan import advice
 from diff_instruct.prompts.stream import Sampler, StreamBroken
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.terms import IKL
@@ -134,7 +135,7 @@ def fake_plan(args, models, precision):
             ["--lora_rank", 2, "--ta_lora_rank", 2, "--mixed_precision", "bf16", "--reward_batch_size", 1,
              "--gradient_checkpointing"],
             "text_encoder (4.00 of 6.20",
-            "--train_batch_size 1 --gradient_accumulation_steps 2",
+            "--train_batch_size 1 --gradient_accumulation_steps 2, --reward_dtype bf16",
         ),
     ],
 )  # fmt: skip
@@ -145,7 +146,7 @@ def test_out_of_memory_names_the_largest_actor_and_flags(
         raise error
 
     monkeypatch.setattr(Denoiser, "loss", full)
-    monkeypatch.setattr(endings, "plan", fake_plan)
+    monkeypatch.setattr(advice, "plan", fake_plan)
     code, line = ends([*quick_args, *options], capsys)
     assert code == 4 and line.startswith(f"stopped: out of memory: the largest actor is the {largest} GiB")
     assert line.endswith(f"what would help most: {flags}")

@@ -1,27 +1,40 @@
 """The actors of Algorithm 1: generator g_θ, teaching assistant (TA) s_ψ and reference s_ref around one pipeline."""
 
 import copy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
 
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.loading import is_copy, load_network, load_reference, one_step_pipeline
 from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.roles import bases, on_base
 from diff_instruct.models.sharding import place
 from pipeline_one_step import OneStepPipeline
 
 
-class Actors(NamedTuple):
-    """`stock`: the reference's pipeline; `pipe`: the one that is trained and shipped; the networks at work."""
+@dataclass
+class Actors:
+    """`stock`: the reference's pipeline; `pipe`: the one that is trained and shipped; `cast`: the [`Denoiser`] of each
+    role, by name."""
 
     stock: DiffusionPipeline
     pipe: OneStepPipeline
-    generator: Denoiser
-    ta: Denoiser
-    ref: Denoiser
+    cast: dict
+
+    @property
+    def generator(self):
+        return self.cast["generator"]
+
+    @property
+    def ta(self):
+        return self.cast["ta"]
+
+    @property
+    def ref(self):
+        return self.cast["ref"]
 
 
 def compile_blocks(network):
@@ -32,22 +45,47 @@ def compile_blocks(network):
             module.compile()
 
 
-def load_actors(models, device, dtype, autocast, args):
+def load_bases(models, roles, reference):
+    """The network under each base, by name, with the adapters of the roles that stand on it.
+
+    What is copied from the reference in memory is copied before the first adapter is put into it. (Reading a file
+    draws random numbers, as adapters do: the order of these two is that of the roles.)
+    """
+    networks = {"ref": reference}
+
+    def make(name):
+        _, in_full = on_base(roles, name)
+        dtype = torch.float32 if in_full else reference.dtype
+        if name == "generator":
+            network = load_network(models, reference, dtype)
+        else:  # starts as the reference
+            network = copy.deepcopy(reference).to(dtype)
+        networks[name] = network.requires_grad_(in_full)
+
+    for name in bases(roles):
+        if name not in networks and (name != "generator" or is_copy(models)):
+            make(name)
+    for role in roles:
+        if role.base not in networks:
+            make(role.base)
+        if role.rank:
+            add_lora(networks[role.base], role.name, role.rank, role.alpha, models.family.lora_targets)
+    return networks
+
+
+def load_actors(models, roles, device, dtype, autocast, args):
     """Load them, frozen parts in `dtype`, on `device`.
 
-    The TA starts as the reference: a float32 copy, or, with `--ta_lora_rank`, adapters on its own weights. With
-    `--lora_rank` a generator that starts as the reference shares that base, too: then one frozen network plays all
-    three roles.
+    Args:
+        models ([`Models`]): where they come from.
+        roles: a tuple of [`Role`].
+        autocast: the context in which networks run.
     """
     stock = load_reference(models, dtype)
-    reference, targets = getattr(stock, models.denoiser), models.family.lora_targets
-    if args.ta_lora_rank > 0:
-        ta = add_lora(reference, "ta", args.ta_lora_rank, args.ta_lora_alpha, targets)
-    else:
-        ta = copy.deepcopy(reference).float().requires_grad_(True)
-    pipe = load_generator(models, stock, args.lora_rank, args.lora_alpha, share_base=models.generator is None)
-    networks = {id(network): network for network in (pipe.denoiser, ta, reference)}.values()
-    for network in networks:
+    networks = load_bases(models, roles, getattr(stock, models.denoiser))
+    network_of = {role.name: networks[role.base] for role in roles}
+    pipe = one_step_pipeline(models, stock, network_of["generator"])
+    for network in networks.values():
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
         if args.enable_xformers_memory_efficient_attention:
@@ -61,12 +99,8 @@ def load_actors(models, device, dtype, autocast, args):
     for name, part in stock.components.items():
         if isinstance(part, torch.nn.Module) and not (waiting and name.startswith("text_encoder")):
             part.to(device)
-    pipe.denoiser.train()
-    ta.train()
-    return Actors(
-        stock,
-        pipe,
-        generator=Denoiser(pipe, pipe.denoiser, "generator" if args.lora_rank else None, autocast),
-        ta=Denoiser(pipe, ta, "ta" if args.ta_lora_rank else None, autocast),
-        ref=Denoiser(pipe, reference, None, autocast),
-    )
+    for role in roles:
+        if role.trained:
+            network_of[role.name].train()
+    cast = {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
+    return Actors(stock, pipe, cast)

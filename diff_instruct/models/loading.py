@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from diff_instruct.models.lora import add_lora, lora_layers
+from diff_instruct.models.lora import lora_layers
 from diff_instruct.models.starts import generator_weights
 from pipeline_one_step import OneStepPipeline
 
@@ -41,10 +41,15 @@ def fuse_lora(lora, stock, denoiser):
     setattr(stock, denoiser, adapted.merge_and_unload())
 
 
+def is_copy(models):
+    """Whether the generator starts as a copy of the reference in memory: with its LoRA fused it is in no file."""
+    return models.generator is None and models.lora is not None
+
+
 def load_network(models, reference, dtype):
     """The network that the generator starts as: the reference's, or that of the generator's source."""
     cls, source = type(reference), models.generator
-    if source is None and models.lora is not None:  # which is in no file
+    if is_copy(models):
         return copy.deepcopy(reference).to(dtype)
     if source is None:
         where = {"subfolder": models.denoiser, **models.reference.options}
@@ -74,20 +79,16 @@ def shipped_scheduler(models, scheduler):
     return DDPMScheduler.from_config(scheduler.config, **options)
 
 
-def load_generator(models, stock, lora_rank=0, lora_alpha=None, share_base=False):
-    """The pipeline that is trained and shipped: the reference's parts around the generator at t*.
+def load_generator(models, stock):
+    """The [`OneStepPipeline`] of the generator as it starts, in float32, all of it trainable."""
+    network = load_network(models, getattr(stock, models.denoiser), torch.float32)
+    return one_step_pipeline(models, stock, network.requires_grad_(True))
 
-    The generator is float32; or, with `lora_rank` > 0, float32 adapters "generator" in a frozen network of the
-    reference's dtype, which with `share_base` is the reference's own.
-    """
-    reference = getattr(stock, models.denoiser)
-    if lora_rank == 0:
-        generator = load_network(models, reference, torch.float32).requires_grad_(True)
-    else:
-        generator = reference if share_base else load_network(models, reference, reference.dtype)
-        add_lora(generator, "generator", lora_rank, lora_alpha, models.family.lora_targets)
+
+def one_step_pipeline(models, stock, network):
+    """The pipeline that is trained and shipped: the reference's parts around the generator's network, at t*."""
     parts = {name: getattr(stock, name, None) for name in OneStepPipeline._optional_components}
-    parts[models.denoiser] = generator
+    parts[models.denoiser] = network
     return OneStepPipeline(
         **parts,
         vae=stock.vae,

@@ -1,6 +1,5 @@
 """How a run ends that does not finish: one line on stderr and an exit code for each reason (docs/robustness.md)."""
 
-import copy
 import sys
 from contextlib import contextmanager
 
@@ -9,8 +8,7 @@ import torch
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS
 from diff_instruct.files import NotWritten, whole_folder
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.memory_plan import GIB, plan
-from diff_instruct.models.sources import models_of
+from diff_instruct.plan.advice import what_would_help
 from diff_instruct.prompts.stream import StreamBroken
 
 
@@ -60,42 +58,6 @@ def is_out_of_memory(error):
     )
 
 
-def memory_advice(args):
-    """One line: the largest actor of the plan, and the three flags, among those not yet used, that would help most.
-
-    Two are those that the plan says save most; the third is the first of those that make activations smaller.
-    """
-    models = models_of(args)
-
-    def size(**changes):
-        changed = copy.copy(args)
-        vars(changed).update(changes)
-        return {k: sum(v.values()) for k, v in plan(changed, models, changed.mixed_precision or "no").items()}
-
-    actors = size()
-    changes = {
-        "--ta_lora_rank 64": {} if args.ta_lora_rank else {"ta_lora_rank": 64},
-        "--lora_rank 64": {} if args.lora_rank else {"lora_rank": 64},
-        "--mixed_precision bf16": {} if args.mixed_precision == "bf16" else {"mixed_precision": "bf16"},
-        "--use_8bit_adam": {} if args.use_8bit_adam else {"use_8bit_adam": True},
-        "--no-use_ema": {} if not args.use_ema else {"use_ema": False},
-    }
-    saved = {flag: sum(actors.values()) - sum(size(**change).values()) for flag, change in changes.items() if change}
-    best = [flag for flag in sorted(saved, key=saved.get, reverse=True) if saved[flag] > 0][:2]
-    half = f"--train_batch_size {args.train_batch_size // 2} --gradient_accumulation_steps "
-    activations = {
-        "--gradient_checkpointing": not args.gradient_checkpointing,
-        "--reward_batch_size 1": args.reward_batch_size != 1,
-        half + str(2 * args.gradient_accumulation_steps): args.train_batch_size > 1,
-    }
-    best += [flag for flag, unused in activations.items() if unused][: 3 - len(best)]
-    largest = max(actors, key=actors.get)
-    return (
-        f"the largest actor is the {largest} ({actors[largest] / GIB:.2f} of {sum(actors.values()) / GIB:.2f} GiB, "
-        f"without activations); what would help most: {', '.join(best)}"
-    )
-
-
 def run_to_the_end(parse_args, main):
     """Parse and run; returns the exit code. A bug keeps its traceback."""
     args = None
@@ -114,6 +76,6 @@ def run_to_the_end(parse_args, main):
     except (RuntimeError, MemoryError) as error:
         if args is None or not is_out_of_memory(error):
             raise
-        code, line = OUT_OF_MEMORY, f"stopped: out of memory: {memory_advice(args)}"
+        code, line = OUT_OF_MEMORY, f"stopped: out of memory: {what_would_help(args)}"
     print(line.replace("\n", " "), file=sys.stderr, flush=True)
     return code

@@ -2,9 +2,10 @@
 
 import copy
 
-from diff_instruct.models.activations import REWARDS, activations
 from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sharding import processes
+from diff_instruct.plan.activations import REWARDS, activations
 from diff_instruct.rewards.specs import read_rewards
 
 
@@ -33,36 +34,33 @@ def plan(args, models, mixed_precision):
         `dict`: actor to its bytes: `weights`, `gradients`, `optimizer` and `ema`.
     """
     frozen, adam = 2 if mixed_precision == "bf16" else 4, 2 if args.use_8bit_adam else 8
-    reference, away = models.networks[models.denoiser], args.prompt_cache or args.offload_text_encoder
-    n = count(reference.parameters())
+    network, away = models.networks[models.denoiser], args.prompt_cache or args.offload_text_encoder
+    n = count(network.parameters())
 
-    def trained(lora_rank, base_bytes, ema):
-        weights, k = 4 * n, n
-        if lora_rank:
-            adapted = add_lora(copy.deepcopy(reference), "counted", lora_rank, None, models.family.lora_targets)
-            k = count(trained_parameters(adapted, "counted").values())
-            weights = base_bytes + 4 * k
-        return {"weights": weights, "gradients": 4 * k, "optimizer": adam * k, "ema": 4 * k if ema else 0}
+    def row(role):
+        k = n if role.in_full else adapters(models, role.rank) if role.rank else 0  # what is trained
+        base = frozen * n if role.base == role.name and not role.in_full else 0
+        ema = 4 * k if role.averaged and not args.offload_ema else 0
+        return {"weights": base + 4 * k, "gradients": 4 * k, "optimizer": adam * k, "ema": ema}
 
     def held(parameters):
         return {"weights": frozen * parameters, "gradients": 0, "optimizer": 0, "ema": 0}
 
-    sharded = {
-        # LoRA is on the reference's own weights, unless the generator starts from others
-        "generator": trained(
-            args.lora_rank, frozen * n if models.generator else 0, args.use_ema and not args.offload_ema
-        ),
-        "teaching assistant": trained(args.ta_lora_rank, 0, False),
-        "reference": held(n),
-    }
     return {
-        **{actor: {k: v // processes() for k, v in row.items()} for actor, row in sharded.items()},
+        **{role.title: {k: v // processes() for k, v in row(role).items()} for role in roles_of(args, models)},
         **{
             k: held(count(v.parameters()))
             for k, v in models.networks.items()
             if k != models.denoiser and not (away and k.startswith("text_encoder"))
         },
     }
+
+
+def adapters(models, rank):
+    """Number of elements of adapters of a rank in the network."""
+    network = copy.deepcopy(models.networks[models.denoiser])
+    add_lora(network, "counted", rank, None, models.family.lora_targets)
+    return count(trained_parameters(network, "counted").values())
 
 
 def reward_bytes(args):
@@ -82,44 +80,6 @@ def peak(args, models, mixed_precision):
     phases = activations(args, models, mixed_precision)
     phase = max(phases, key=phases.get)
     return phase, held + phases[phase]
-
-
-LEVERS = (
-    ("gradient_checkpointing", True),
-    ("reward_batch_size", 1),
-    ("reward_dtype", "bf16"),
-    ("offload_text_encoder", True),
-    ("offload_ema", True),
-    ("use_8bit_adam", True),
-    ("ta_lora_rank", 64),
-    ("lora_rank", 64),
-)  # those first that cost the result least
-
-
-def advice(args, models, mixed_precision, memory_gib):
-    """One line that says whether a run fits into so many GiB: the largest batch, or the flags that make it fit."""
-    asked, words = copy.copy(args), []
-    phase, need = peak(asked, models, mixed_precision)
-    line = f"Predicted peak, in the {phase}: {need / GIB:.2f} GiB. "
-    if need <= memory_gib * GIB:
-        larger = copy.copy(args)
-        larger.train_batch_size = 2 * args.train_batch_size
-        each = max(1, peak(larger, models, mixed_precision)[1] - need) / args.train_batch_size
-        batch = args.train_batch_size + int((memory_gib * GIB - need) / each)
-        return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
-    for flag, value in LEVERS:
-        if (
-            getattr(asked, flag) not in (None, False, 0, "fp32")
-            or flag == "reward_batch_size"
-            and args.train_batch_size == 1
-        ):
-            continue
-        setattr(asked, flag, value)
-        words.append(f"--{flag}" if value is True else f"--{flag} {value}")
-        need = peak(asked, models, mixed_precision)[1]
-        if need <= memory_gib * GIB:
-            return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."
-    return f"{line}It does not fit into {memory_gib:g} GiB: {need / GIB:.2f} GiB even with {' '.join(words)}."
 
 
 def table(bytes_by_actor):

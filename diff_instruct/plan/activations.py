@@ -18,6 +18,7 @@ from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.roles import bases, on_base, roles_of
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.steps import generator_step, ta_loss
@@ -130,23 +131,27 @@ def hollow_scheduler(models):
     return shipped_scheduler(models, cls.from_config(config))
 
 
-def hollow_actors(args, models, dtype, autocast, fake):
-    """(pipe, generator, TA, reference) as `load_actors` makes them, without contents."""
-    plain, targets = models.networks[models.denoiser], models.family.lora_targets
-    base, shared = copy.deepcopy(plain), models.generator is None
-    for name, rank in (("generator", args.lora_rank if shared else 0), ("ta", args.ta_lora_rank)):
-        if rank:
-            add_lora(base, name, rank, None, targets)
-    ref = hollow(base, dtype, fake)
-    ta = ref if args.ta_lora_rank else hollow(plain, torch.float32, fake).requires_grad_(True)
-    if args.lora_rank == 0:
-        own = hollow(plain, torch.float32, fake).requires_grad_(True)
-    else:
-        own = ref
-        if not shared:
-            own = hollow(add_lora(copy.deepcopy(plain), "generator", args.lora_rank, None, targets), dtype, fake)
+def hollow_bases(models, roles, dtype, fake):
+    """The network under each base, as `load_bases` makes them, without contents."""
+    networks = {}
+    for name in bases(roles):
+        on_it, in_full = on_base(roles, name)
+        network = copy.deepcopy(models.networks[models.denoiser])
+        for role in on_it:
+            if role.rank:
+                add_lora(network, role.name, role.rank, role.alpha, models.family.lora_targets)
+        networks[name] = hollow(network, torch.float32 if in_full else dtype, fake)
+        if in_full:
+            networks[name].requires_grad_(True)
+    return networks
+
+
+def hollow_actors(args, models, roles, dtype, autocast, fake):
+    """(pipe, [`Denoiser`] of each role by name) as `load_actors` makes them, without contents."""
+    networks = hollow_bases(models, roles, dtype, fake)
+    network_of = {role.name: networks[role.base] for role in roles}
     parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
-    for network in (own, ta, ref):
+    for network in networks.values():
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
         network.train()
@@ -155,7 +160,7 @@ def hollow_actors(args, models, dtype, autocast, fake):
     parts["vae"].eval()
     missing = dict.fromkeys(OneStepPipeline._optional_components)
     pipe = OneStepPipeline(
-        **{**missing, **parts, models.denoiser: own},
+        **{**missing, **parts, models.denoiser: network_of["generator"]},
         scheduler=hollow_scheduler(models),
         timestep=models.timestep,
         family=models.family.name,
@@ -163,8 +168,7 @@ def hollow_actors(args, models, dtype, autocast, fake):
         embedded_guidance=models.embedded_guidance,
     )
     pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
-    roles = (own, "generator" if args.lora_rank else None), (ta, "ta" if args.ta_lora_rank else None), (ref, None)
-    return pipe, *(Denoiser(pipe, network, adapter, autocast) for network, adapter in roles)
+    return pipe, {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
 
 
 def activations(args, models, mixed_precision):
@@ -180,7 +184,8 @@ def activations(args, models, mixed_precision):
     dtype = torch.bfloat16 if half else torch.float32
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    pipe, generator, ta, ref = hollow_actors(args, models, dtype, autocast, fake)
+    pipe, cast = hollow_actors(args, models, roles_of(args, models), dtype, autocast, fake)
+    generator, ta, ref = cast["generator"], cast["ta"], cast["ref"]
     size, n, decoded = args.train_batch_size, len(pipe.timesteps) - 1, args.reward_batch_size or args.train_batch_size
 
     with fake, Live() as live:

@@ -1,0 +1,76 @@
+"""Who plays in Algorithm 1, and on whose weights: one list, which is loaded, counted, and tried without contents."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Role:
+    """A part that a network plays.
+
+    Args:
+        name: that of its adapters, too.
+        title: in tables and in names of files.
+        base: the name of the role whose weights it stands on; its own, or those of another, which are then frozen.
+        rank: of its LoRA adapters; 0: it has none.
+        alpha: their scale; None: the rank.
+        trained: in full, as float32 weights of its own, or, with a rank, its adapters alone.
+        averaged: whether an average of what is trained is kept.
+    """
+
+    name: str
+    title: str
+    base: str
+    rank: int = 0
+    alpha: float | None = None
+    trained: bool = False
+    averaged: bool = False
+
+    @property
+    def adapter(self):
+        """The name of its adapters; None without."""
+        return self.name if self.rank else None
+
+    @property
+    def in_full(self):
+        """Whether all weights of its base are trained, and so float32."""
+        return self.trained and not self.rank
+
+
+def roles_of(args, models):
+    """The [`Role`]s of a run, in the order in which their adapters are drawn.
+
+    The TA starts as the reference: a copy, or, with `--ta_lora_rank`, adapters on the reference's own weights. With
+    `--lora_rank` a generator that starts as the reference stands on these, too: then one frozen network plays all.
+    """
+    shared = args.lora_rank > 0 and models.generator is None
+    return (
+        Role(
+            "ta",
+            "teaching assistant",
+            base="ref" if args.ta_lora_rank else "ta",
+            rank=args.ta_lora_rank,
+            alpha=args.ta_lora_alpha,
+            trained=True,
+        ),
+        Role(
+            "generator",
+            "generator",
+            base="ref" if shared else "generator",
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            trained=True,
+            averaged=args.use_ema,
+        ),
+        Role("ref", "reference", base="ref"),
+    )
+
+
+def on_base(roles, base):
+    """(the roles that stand on a base, whether it is trained in full)."""
+    on_it = [role for role in roles if role.base == base]
+    return on_it, any(role.in_full for role in on_it)
+
+
+def bases(roles):
+    """The names of the bases, each once."""
+    return list(dict.fromkeys(role.base for role in roles))

@@ -1,0 +1,101 @@
+"""What makes a run fit: the flags that save memory, for `--dry_run --memory_gib` and for a run that is out of it."""
+
+import copy
+from typing import NamedTuple
+
+from diff_instruct.models.sharding import processes
+from diff_instruct.models.sources import models_of
+from diff_instruct.plan.memory_plan import GIB, peak, plan
+
+
+class Lever(NamedTuple):
+    """A flag that saves memory.
+
+    Args:
+        words: what is added to the command.
+        sets: the arguments that it sets.
+        unused: whether the run does without it so far, and could have it.
+        in_activations: whether it makes activations smaller, not what is held all the time.
+    """
+
+    words: str
+    sets: dict
+    unused: bool
+    in_activations: bool = False
+
+    def on(self, args):
+        """The arguments with it."""
+        changed = copy.copy(args)
+        vars(changed).update(self.sets)
+        return changed
+
+
+def levers(args):
+    """The [`Lever`]s that a run does without, those first that cost the result least."""
+    half, twice = args.train_batch_size // 2, 2 * args.gradient_accumulation_steps
+    several, shares = args.train_batch_size > 1, processes() > 1
+    away = args.offload_text_encoder or args.prompt_cache
+    every = (
+        Lever("--gradient_checkpointing", {"gradient_checkpointing": True}, not args.gradient_checkpointing, True),
+        Lever("--reward_batch_size 1", {"reward_batch_size": 1}, several and args.reward_batch_size != 1, True),
+        Lever(
+            f"--train_batch_size {half} --gradient_accumulation_steps {twice}",
+            {"train_batch_size": half, "gradient_accumulation_steps": twice},
+            several,
+            True,
+        ),
+        Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, args.reward_dtype == "fp32", True),
+        Lever("--mixed_precision bf16", {"mixed_precision": "bf16"}, args.mixed_precision != "bf16"),
+        Lever("--offload_text_encoder", {"offload_text_encoder": True}, not away),
+        Lever("--offload_ema", {"offload_ema": True}, args.use_ema and not args.offload_ema and not shares),
+        Lever("--use_8bit_adam", {"use_8bit_adam": True}, not args.use_8bit_adam and not shares),
+        Lever("--no-use_ema", {"use_ema": False}, args.use_ema and shares),
+        Lever("--ta_lora_rank 64", {"ta_lora_rank": 64}, not args.ta_lora_rank),
+        Lever("--lora_rank 64", {"lora_rank": 64}, not args.lora_rank),
+    )
+    return [lever for lever in every if lever.unused]
+
+
+def highest(args, models):
+    """`peak` of the arguments."""
+    return peak(args, models, args.mixed_precision or "no")
+
+
+def advice(args, models, memory_gib):
+    """One line that says whether a run fits into so many GiB: the largest batch, or the flags that make it fit."""
+    phase, need = highest(args, models)
+    line = f"Predicted peak, in the {phase}: {need / GIB:.2f} GiB. "
+    if need <= memory_gib * GIB:
+        larger = copy.copy(args)
+        larger.train_batch_size = 2 * args.train_batch_size
+        each = max(1, highest(larger, models)[1] - need) / args.train_batch_size
+        batch = args.train_batch_size + int((memory_gib * GIB - need) / each)
+        return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
+    words = []
+    for lever in levers(args):
+        args = lever.on(args)
+        words.append(lever.words)
+        need = highest(args, models)[1]
+        if need <= memory_gib * GIB:
+            return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."
+    return f"{line}It does not fit into {memory_gib:g} GiB: {need / GIB:.2f} GiB even with {' '.join(words)}."
+
+
+def what_would_help(args):
+    """One line for a run that is out of memory: the largest actor of the plan, and the three levers that would help
+    most: two that the plan says save most, then the first of those that make activations smaller."""
+    models = models_of(args)
+
+    def held(args):
+        return {k: sum(row.values()) for k, row in plan(args, models, args.mixed_precision or "no").items()}
+
+    actors, unused = held(args), levers(args)
+    total = sum(actors.values())
+    saved = {lever.words: total - sum(held(lever.on(args)).values()) for lever in unused if not lever.in_activations}
+    best = [words for words in sorted(saved, key=saved.get, reverse=True) if saved[words] > 0][:2]
+    best += [lever.words for lever in unused if lever.in_activations][: 3 - len(best)]
+    largest = max(actors, key=actors.get)
+    return (
+        f"the largest actor is the {largest} ({actors[largest] / GIB:.2f} of {total / GIB:.2f} GiB, "
+        f"without activations); what would help most: {', '.join(best)}"
+    )
