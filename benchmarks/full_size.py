@@ -26,10 +26,12 @@ import transformers
 
 import train_diff_instruct_pp as script
 from benchmarks.reward_cost import full_size
+from diff_instruct.evaluation.judge import Judge
 from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import GIB, plan
 from diff_instruct.rewards.loading import REWARDS
+from diff_instruct.training import finish
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.optimizer import Trained
 
@@ -132,10 +134,10 @@ def measure(args):
         return result
 
     Trained.step = stepped
-    script.Judge.__call__ = watch.during("validation", "training", script.Judge.__call__)
-    script.export = watch.during("export", "end", script.export)
+    Judge.__call__ = watch.during("validation", "training", Judge.__call__)
+    finish.export = watch.during("export", "end", finish.export)
     # two steps of sampling need what 25 need
-    script.draw_reference = watch.during("pictures of the reference", "end", partial(draw_reference, steps=2))
+    finish.draw_reference = watch.during("pictures of the reference", "end", partial(draw_reference, steps=2))
     began = time.perf_counter()
     script.main(args)
     ends = stamps[1::2]

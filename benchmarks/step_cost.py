@@ -36,6 +36,7 @@ from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards.loading import load_mix
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.training import set_up
 from diff_instruct.training.arguments import parse_args
 
 
@@ -146,12 +147,12 @@ def script_seconds(args):
     """Of each iteration of the script itself, from draw to draw, with as many threads as the other sides have."""
     stamps = []
 
-    class Sampler(script.Sampler):
+    class Sampler(set_up.Sampler):
         def __call__(self):
             stamps.append(clock())
             return super().__call__()
 
-    with patch.multiple(script, Sampler=Sampler, use_cores=lambda processes: None):
+    with patch.multiple(set_up, Sampler=Sampler, use_cores=lambda processes: None):
         script.main(args)
     starts = stamps[::2]  # two draws an iteration: the TA's and the generator's
     return [b - a for a, b in zip(starts, starts[1:])]

@@ -10,6 +10,7 @@ import train_diff_instruct_pp as script
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.lora import add_lora
 from diff_instruct.models.sources import models_of
+from diff_instruct.training import finish, set_up
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.history import TIMINGS
 
@@ -60,7 +61,7 @@ def load(command):
 
 def watch_actors(monkeypatch, *looks):
     """Let each of the functions see the actors of the next run, as soon as they are loaded."""
-    load_actors = script.load_actors
+    load_actors = set_up.load_actors
 
     def watched(*args):
         actors = load_actors(*args)
@@ -68,4 +69,15 @@ def watch_actors(monkeypatch, *looks):
             look(actors)
         return actors
 
-    monkeypatch.setattr(script, "load_actors", watched)
+    monkeypatch.setattr(set_up, "load_actors", watched)
+
+
+def watch_export(monkeypatch, look):
+    """Let a function see the pipeline of the next run as it is exported, with the average that ships."""
+    export = finish.export
+
+    def watched(args, models, pipe, *rest):
+        look(pipe)
+        return export(args, models, pipe, *rest)
+
+    monkeypatch.setattr(finish, "export", watched)

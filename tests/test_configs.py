@@ -16,6 +16,7 @@ from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import add_lora, trained_parameters
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import plan, table
+from diff_instruct.training import set_up
 from diff_instruct.training.arguments import parse_args
 from tests.runs import load
 from tests.tiny import tiny_sd
@@ -169,9 +170,7 @@ def test_plan_is_what_a_run_holds(tiny_args):
 
 
 def test_dry_run_stops_before_weights(tiny_args, tmp_path, monkeypatch, capsys):
-    import train_diff_instruct_pp as script
-
-    monkeypatch.delattr(script, "load_actors")
+    monkeypatch.delattr(set_up, "load_actors")
     main(parse_args([*tiny_args, "--dry_run"]))
     out = capsys.readouterr().out
     assert "teaching assistant" in out and "gradients" in out

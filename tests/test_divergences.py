@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-import train_diff_instruct_pp as script
 from diff_instruct.families import FAMILIES
 from diff_instruct.models.actors import Actors
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.terms import IKL, DiffusedReward, ScoreDistance
+from diff_instruct.training import finish
 from diff_instruct.training.arguments import build_parser, parse_args
 from diff_instruct.training.methods import METHODS
 from diff_instruct.training.optimizer import Trained
@@ -34,7 +34,7 @@ def watch(monkeypatch):
             network = getattr(actors, role).network
             network.transformer_blocks[0].register_forward_pre_hook(lambda *_, role=role: seen["calls"].append(role))
 
-    def draw_reference(*args, original=script.draw_reference):  # after training: not counted
+    def draw_reference(*args, original=finish.draw_reference):  # after training: not counted
         seen["trained"] = [seen["calls"].count(role) for role in ("ta", "ref")]
         return original(*args)
 
@@ -47,7 +47,7 @@ def watch(monkeypatch):
         return gradient
 
     watch_actors(monkeypatch, look)
-    monkeypatch.setattr(script, "draw_reference", draw_reference)
+    monkeypatch.setattr(finish, "draw_reference", draw_reference)
     for term in (IKL, ScoreDistance, DiffusedReward):
         monkeypatch.setattr(term, "gradient", watched(term.gradient))
     return seen

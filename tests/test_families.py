@@ -21,7 +21,7 @@ from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import Schedule
-from tests.runs import load, watch_actors
+from tests.runs import load, watch_actors, watch_export
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
 
 
@@ -75,15 +75,13 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     """After some steps, for prompts of different lengths, an empty one among them: max abs difference ≤ 1e-5."""
     seen = {}
 
-    def export(args, models, pipe, *rest):  # within: the network that has just been trained, as training calls it
+    def exported(pipe):  # the network that has just been trained, as training calls it
         c = Conditioning(pipe.encode_prompt, "cpu")(prompts)
         with torch.no_grad():
             seen["trained"] = pipe.decode(seen["generator"].generate(z, c)).clamp(0, 1)
-        return script_export(args, models, pipe, *rest)
 
-    script_export = script.export
     watch_actors(monkeypatch, lambda actors: seen.update(generator=actors.generator))
-    monkeypatch.setattr(script, "export", export)
+    watch_export(monkeypatch, exported)
     prompts, z = [*PROMPTS, ""], noise(len(PROMPTS) + 1)
     command = family_args(family, "--lora_rank", lora, "--lora_alpha", 4, "--learning_rate", 1e-2)
     args = parse_args(command)

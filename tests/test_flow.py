@@ -26,7 +26,7 @@ from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
 from tests.families import FAMILY, FLOW, save
 from tests.families.parts import SIDE
-from tests.runs import load, watch_actors
+from tests.runs import load, watch_actors, watch_export
 
 
 PROMPTS = ["a red apple", "blue cat and the big dog", ""]
@@ -192,9 +192,8 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
     """A run, with checkpointing: the reference stays, the generator moves; export, round trip, stock and LoRA file."""
     seen = {}
 
-    def export(args, models, pipe, *rest):
+    def exported(pipe):
         seen["trained"] = seen["generator"], ours(pipe, PROMPTS, seen["z"], seen["generator"].act)
-        return script_export(args, models, pipe, *rest)
 
     def look(actors):
         seen.update(generator=actors.generator, z=noise(actors.pipe, len(PROMPTS)), actors=actors)
@@ -206,9 +205,8 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
             c = Conditioning(actors.pipe.encode_prompt, "cpu")(PROMPTS[:1])
             return actors.ref(noise(actors.pipe, 1), torch.tensor([300]), c)
 
-    script_export = script.export
     watch_actors(monkeypatch, look)
-    monkeypatch.setattr(script, "export", export)
+    watch_export(monkeypatch, exported)
     ranks = ["--lora_rank", lora, "--lora_alpha", 4, "--ta_lora_rank", ta_lora, "--learning_rate", 1e-2]
     options = [*ranks, "--max_train_steps", 2, "--checkpointing_steps", 0, "--validation_steps", 0]
     options += ["--gradient_checkpointing", "--pretrain_steps", 1, "--pretrain_cfg_scale", 1, "--num_eval_prompts", 2]

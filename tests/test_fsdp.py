@@ -26,6 +26,7 @@ from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sharding import place, whole
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import plan
+from diff_instruct.training import finish, set_up
 from diff_instruct.training.arguments import parse_args
 from tests.families import FLOW, SIDES, save
 from tests.processes import Run
@@ -58,8 +59,8 @@ def as_on_gpus():
     """In each process: accelerate takes FSDP's branches, which it has for GPUs alone; and shares are counted."""
     initialize, load_actors, end_trackers, networks = (
         AcceleratorState.__init__,
-        script.load_actors,
-        script.end_trackers,
+        set_up.load_actors,
+        finish.end_trackers,
         {},
     )
 
@@ -81,7 +82,7 @@ def as_on_gpus():
             print("held", name, sum(mine), "of", sum(p.numel() for p in network.parameters()), flush=True)
         end_trackers(accelerator)
 
-    AcceleratorState.__init__, script.load_actors, script.end_trackers = initialized, loaded, ended
+    AcceleratorState.__init__, set_up.load_actors, finish.end_trackers = initialized, loaded, ended
 
 
 def two(arguments, folder, before=as_on_gpus, processes=2):

@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from safetensors.torch import load_file
 
-import train_diff_instruct_pp as script
 from diff_instruct.evaluation.judge import Judge
 from diff_instruct.export import card, export
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
+from diff_instruct.training import set_up
 from diff_instruct.training.history import TIMINGS
 from diff_instruct.training.steps import GeneratorStep
 from pipeline_one_step import OneStepPipeline, Schedule
@@ -138,8 +138,8 @@ def test_another_vae(tiny_args, tiny_model, tmp_path):
 
 
 def test_the_hub_is_asked_first_and_a_failed_upload_is_told(tiny_args, tmp_path, monkeypatch, capsys):
-    order, load_actors = [], script.load_actors
-    monkeypatch.setattr(script, "load_actors", lambda *args: (order.append("load"), load_actors(*args))[1])
+    order, load_actors = [], set_up.load_actors
+    monkeypatch.setattr(set_up, "load_actors", lambda *args: (order.append("load"), load_actors(*args))[1])
     monkeypatch.setattr(
         export, "create_repo",
         lambda name, private, **_: (order.append(("create", private)), type("Repo", (), {"repo_id": f"me/{name}"}))[1],

@@ -17,9 +17,10 @@ from huggingface_hub import constants
 import train_diff_instruct_pp as script
 from diff_instruct.export import export
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.prompts.files import PromptSource
 from diff_instruct.prompts.survey import load_prompts
-from diff_instruct.training import record
+from diff_instruct.training import record, set_up
 from diff_instruct.training.endings import run_to_the_end
 from tests.runs import load, run
 
@@ -153,7 +154,7 @@ def test_an_upload_that_fails_for_good_leaves_the_command(tiny_args, here, tmp_p
 def test_no_server_at_all_is_a_mistake_before_anything_loads(tiny_args, here, monkeypatch, capsys):
     here.shutdown()
     here.server_close()
-    monkeypatch.setattr(script, "load_actors", None)
+    monkeypatch.setattr(set_up, "load_actors", None)
     with pytest.raises(Mistake, match="--push_to_hub: me/apples cannot be created on the Hub"):
         run(small(tiny_args, "--push_to_hub", "--hub_model_id", "me/apples", "--hub_token", TOKENS[0]))
 
@@ -170,7 +171,7 @@ def test_a_failing_run_tells_no_token(tiny_args, here, monkeypatch, capsys):
     def bug(*args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(script, "ta_loss", bug)
+    monkeypatch.setattr(Denoiser, "loss", bug)
     try:
         run_to_the_end(lambda: parse_args([str(a) for a in arguments]), script.main)
     except RuntimeError:

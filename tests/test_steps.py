@@ -7,14 +7,13 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
-import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline
-from tests.runs import history, load, run, same, watch_actors, weights
+from tests.runs import history, load, run, same, watch_actors, watch_export, weights
 from tests.test_families import PREPARE
 from tests.tiny import PROMPTS
 
@@ -104,16 +103,13 @@ def test_trained_exported_and_stock_give_the_same_images(
     seen, prompts = {}, [*PROMPTS[:2], ""]
     z, noise = draws(2)
 
-    def export(args, models, pipe, *rest):
+    def exported(pipe):
         with torch.no_grad():
             c = Conditioning(pipe.encode_prompt, "cpu")(prompts)
             seen["trained"] = pipe.decode(seen["generator"].generate(z, c, noise)).clamp(0, 1)
-        return script_export(args, models, pipe, *rest)
 
     watch_actors(monkeypatch, lambda actors: seen.update(generator=actors.generator))
-
-    script_export = script.export
-    monkeypatch.setattr(script, "export", export)
+    watch_export(monkeypatch, exported)
     run(short_args(family, "--generator_steps", 2, *options))
     shipped = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert shipped.timesteps == timesteps

@@ -7,7 +7,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-import train_diff_instruct_pp as script
 from diff_instruct.terms import CleanReward
 from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.optimizer import Trained
@@ -111,14 +110,16 @@ def test_killed_and_resumed_equals_never_stopped(tiny_args, tmp_path, monkeypatc
 
     calls = []
 
+    update_average = Trained.update_average
+
     def killed(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return ema_decay(*args)
+        update_average(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(script, "ema_decay", killed)
+        m.setattr(Trained, "update_average", killed)
         with pytest.raises(KeyboardInterrupt):
             run([*options, "--output_dir", tmp_path / "killed"])
     assert checkpoints(tmp_path / "killed") == ["checkpoint-2"]
@@ -173,11 +174,11 @@ def test_average_is_what_ships(tiny_args, tiny_model, tmp_path):
 
 def test_ema_decay_ramps_up_while_pretraining():
     class Args:
-        ema_decay, ema_halflife, ema_rampup_ratio = 0.95, 1000, 0.05
+        ema_decay, ema_halflife, ema_rampup_ratio, pretrain_steps = 0.95, 1000, 0.05, 10**7
 
-    assert ema_decay(Args, False, 32, 32) == 0.95
-    assert ema_decay(Args, True, 100, 100) < 1e-6
-    assert ema_decay(Args, True, 100, 10**9) == pytest.approx(0.5**0.1)
+    assert ema_decay(Args, 10**7, 32) == 0.95
+    assert ema_decay(Args, 0, 100) < 1e-6
+    assert ema_decay(Args, 10**7 - 1, 100) == pytest.approx(0.5**0.1)
 
 
 def test_accumulation_equals_the_larger_batch(tiny_args, tmp_path):

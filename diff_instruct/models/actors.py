@@ -48,8 +48,8 @@ def compile_blocks(network):
 def load_bases(models, roles, reference):
     """The network under each base, by name, with the adapters of the roles that stand on it.
 
-    What is copied from the reference in memory is copied before the first adapter is put into it. (Reading a file
-    draws random numbers, as adapters do: the order of these two is that of the roles.)
+    It begins with the reference, the last of the roles, and what is copied from it in memory, before the first adapter
+    is put into it. (Reading files and drawing adapters both take random numbers: their order is a part of the seed.)
     """
     networks = {"ref": reference}
 
@@ -65,7 +65,7 @@ def load_bases(models, roles, reference):
     for name in bases(roles):
         if name not in networks and (name != "generator" or is_copy(models)):
             make(name)
-    for role in roles:
+    for role in reversed(roles):
         if role.base not in networks:
             make(role.base)
         if role.rank:

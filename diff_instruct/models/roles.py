@@ -37,32 +37,30 @@ class Role:
 
 
 def roles_of(args, models):
-    """The [`Role`]s of a run, in the order in which their adapters are drawn.
+    """The [`Role`]s of a run; the last one is the reference.
 
     The TA starts as the reference: a copy, or, with `--ta_lora_rank`, adapters on the reference's own weights. With
     `--lora_rank` a generator that starts as the reference stands on these, too: then one frozen network plays all.
     """
     shared = args.lora_rank > 0 and models.generator is None
-    return (
-        Role(
-            "ta",
-            "teaching assistant",
-            base="ref" if args.ta_lora_rank else "ta",
-            rank=args.ta_lora_rank,
-            alpha=args.ta_lora_alpha,
-            trained=True,
-        ),
-        Role(
-            "generator",
-            "generator",
-            base="ref" if shared else "generator",
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            trained=True,
-            averaged=args.use_ema,
-        ),
-        Role("ref", "reference", base="ref"),
+    generator = Role(
+        "generator",
+        "generator",
+        base="ref" if shared else "generator",
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        trained=True,
+        averaged=args.use_ema,
     )
+    ta = Role(
+        "ta",
+        "teaching assistant",
+        base="ref" if args.ta_lora_rank else "ta",
+        rank=args.ta_lora_rank,
+        alpha=args.ta_lora_alpha,
+        trained=True,
+    )
+    return generator, ta, Role("ref", "reference", base="ref")
 
 
 def on_base(roles, base):

@@ -128,20 +128,20 @@ def file_of(folder, trained, what=""):
     return Path(folder) / f"{trained.name.replace(' ', '_')}{what}.safetensors"
 
 
-def save_checkpoint(accelerator, args, step, loop_state, networks):
+def save_checkpoint(accelerator, args, state):
     """Write checkpoint-<step> beside its place, then rename it; keep `--checkpoints_total_limit`, this one among them.
 
     If it cannot be written, on any process, it is removed again and a line says so; the earlier ones stay.
 
     Args:
-        loop_state (`dict`): this process's plain numbers, saved as JSON.
-        networks: the [`Trained`] ones; only what is trained is kept (LoRA: not the base), as safetensors. These files
-            are those of one process, however many write them, and whether they hold all of a tensor or shares of it.
+        state ([`LoopState`]): its numbers are saved as JSON, by each process; of its networks what is trained (LoRA:
+            not the base), as safetensors. These files are those of one process, however many write them, and whether
+            they hold all of a tensor or shares of it. (A warm-up has made no step of the generator: checkpoint-0.)
 
     Returns:
         Its path, or None.
     """
-    final = Path(args.output_dir) / f"checkpoint-{step}"
+    final = Path(args.output_dir) / f"checkpoint-{max(state.step, 0)}"
     partial = final.with_name(f"partial-{final.name}")
 
     def prepare():
@@ -150,18 +150,17 @@ def save_checkpoint(accelerator, args, step, loop_state, networks):
         partial.mkdir(parents=True)
 
     def write():
-        states = {}
-        for trained in networks:
-            states[file_of(partial, trained)] = trained.state_dict()
-            states[file_of(partial, trained, "_optimizer")] = trained.optimizer_state()
-        write_files(states, accelerator.is_main_process)
+        tensors = {}
+        for trained in state.networks:
+            tensors[file_of(partial, trained)] = trained.state_dict()
+            tensors[file_of(partial, trained, "_optimizer")] = trained.optimizer_state()
+        write_files(tensors, accelerator.is_main_process)
         accelerator.save_state(str(partial))  # random numbers
-        state = {**loop_state, "networks": [trained.counters() for trained in networks]}
-        (partial / f"loop-{accelerator.process_index}.json").write_text(json.dumps(state))
+        (partial / f"loop-{accelerator.process_index}.json").write_text(json.dumps(state.state_dict()))
 
     def finish():
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        manifest = {"format": FORMAT, "step": loop_state["step"], "processes": accelerator.num_processes}
+        manifest = {"format": FORMAT, "step": state.step, "processes": accelerator.num_processes}
         manifest |= {"arguments": arguments_of(args), "prompts": prompts_of(args), "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in (*partial.rglob("*"), partial):
@@ -224,8 +223,8 @@ def thin_out(newest, limit):
         shutil.rmtree(removed)
 
 
-def load_checkpoint(accelerator, path, networks):
-    """Restore networks, optimizers and learning-rate schedules; returns this process's `loop_state`.
+def load_checkpoint(accelerator, path, state):
+    """Restore a [`LoopState`], its networks, optimizers and learning-rate schedules with it.
 
     Where there are more processes than wrote it, a further one goes on with the loop of an earlier one, whose state is
     the same on all, and with the random numbers of a new run, from which Algorithm 1 draws nothing.
@@ -234,7 +233,7 @@ def load_checkpoint(accelerator, path, networks):
         Mistake: if a file is damaged, or it was written with other networks.
     """
     try:
-        for trained in networks:
+        for trained in state.networks:
             trained.load_state_dict(load_file(file_of(path, trained)))
             trained.load_optimizer_state(load_file(file_of(path, trained, "_optimizer")))
         before = json.loads((path / MANIFEST).read_text())["processes"]
@@ -242,7 +241,7 @@ def load_checkpoint(accelerator, path, networks):
         if accelerator.process_index < before:
             load(path / f"random_states_{accelerator.process_index}.pkl")
         accelerator.load_state(str(path))
-        state = json.loads((path / f"loop-{accelerator.process_index % before}.json").read_text())
+        loop = json.loads((path / f"loop-{accelerator.process_index % before}.json").read_text())
     except (
         OSError,
         ValueError,
@@ -254,6 +253,4 @@ def load_checkpoint(accelerator, path, networks):
     ) as error:
         line = str(error).split("\n")[0]
         raise Mistake(f"--resume_from_checkpoint: {path} is damaged, or of other networks: {line}") from None
-    for trained, counters in zip(networks, state["networks"]):
-        trained.load_counters(counters)
-    return state
+    state.load_state_dict(loop)

@@ -1,10 +1,11 @@
 """How slowly the generator's average moves."""
 
 
-def ema_decay(args, pretraining, batch_size, images_seen):
+def ema_decay(args, step, batch_size):
     """Decay per step of the average: constant while aligning; while pretraining a half-life in images (as in EDM) that
-    ramps up with the images seen."""
-    if not pretraining:
+    ramps up with the images seen, `batch_size` of them in each step."""
+    if step >= args.pretrain_steps:
         return args.ema_decay
+    images_seen = (step + 1) * batch_size
     halflife = min(args.ema_halflife, args.ema_rampup_ratio * images_seen)
     return 0.5 ** (batch_size / max(halflife, 1e-8))

@@ -1,0 +1,281 @@
+"""From arguments to a run: mistakes first, then what is large, then the generator as it is before training."""
+
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from safetensors.torch import save_file
+
+from diff_instruct.evaluation.judge import WHILE_TRAINING, Judge
+from diff_instruct.evaluation.pictures import real_pictures
+from diff_instruct.export.card import base_license
+from diff_instruct.export.export import create_repository
+from diff_instruct.files import whole
+from diff_instruct.models.actors import Actors, load_actors
+from diff_instruct.models.reference import encode_null
+from diff_instruct.models.roles import roles_of
+from diff_instruct.models.sources import Models, models_of
+from diff_instruct.plan.advice import advice
+from diff_instruct.plan.memory_plan import plan, table
+from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.prompts.encoding import fill_cache, make_conditioning
+from diff_instruct.prompts.files import prompt_sources
+from diff_instruct.prompts.stream import PromptStream, Sampler
+from diff_instruct.prompts.survey import load_prompts
+from diff_instruct.rewards.decoder import TinyDecoder
+from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
+from diff_instruct.rewards.mix import Mix
+from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint
+from diff_instruct.training.draws import Draws
+from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
+from diff_instruct.training.history import History
+from diff_instruct.training.optimizer import Trained
+from diff_instruct.training.output_folder import prepare_output_dir
+from diff_instruct.training.reward_scale import RewardDial
+from diff_instruct.training.state import LoopState
+from diff_instruct.training.steps import GeneratorStep, generator_step
+from diff_instruct.training.trackers import start_trackers
+
+
+@dataclass
+class Known:
+    """What is known, and checked, before anything large loads.
+
+    `checkpoint`: the folder to go on from, or None; `count`: what was counted of the prompts' rows; `real`: real pictures of the validation prompts; `repo` and
+    `license`: of the export, on the main process.
+    """
+
+    models: Models
+    checkpoint: Path | None
+    train_prompts: object
+    eval_prompts: list
+    validation_prompts: list
+    count: object
+    real: list
+    repo: str | None = None
+    license: dict | None = None
+
+
+@dataclass
+class Run:
+    """A run that is ready: all that Algorithm 1 works with."""
+
+    args: Namespace
+    accelerator: Accelerator
+    known: Known
+    actors: Actors
+    reward: Mix  # r(x, c), trained on
+    heldout: dict  # scorers by name, only reported
+    encode: Conditioning
+    draws: Draws
+    gradient_at_x0: GeneratorStep
+    state: LoopState
+    judge: Judge
+    history: History | None  # on the main process
+
+    @property
+    def total(self):
+        """Steps of the generator, of both stages."""
+        return self.args.pretrain_steps + self.args.max_train_steps
+
+    @property
+    def images_per_step(self):
+        """Of all processes."""
+        return images_per_step(self.args, self.accelerator)
+
+    @property
+    def before_file(self):
+        """Scores and pictures of the generator before training: of the run that a resumed one goes on with."""
+        checkpoint = self.known.checkpoint
+        return Path(checkpoint.parent if checkpoint else self.args.output_dir) / "before.safetensors"
+
+
+def images_per_step(args, accelerator):
+    """How many images an optimizer step sees, on all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def set_up(args):
+    """The [`Run`] of the arguments; None with `--dry_run`, which prints its plan.
+
+    Raises:
+        Mistake: in one line, before anything large loads.
+    """
+    started = time.time()
+    accelerator = make_accelerator(args)
+    known = check(args, accelerator)
+    if args.dry_run:
+        if args.memory_gib:
+            accelerator.print(advice(args, known.models, args.memory_gib))
+        return None
+    claim(args, accelerator, known)
+    run = load(args, accelerator, known, started)
+    if known.checkpoint:
+        load_checkpoint(accelerator, known.checkpoint, run.state)
+        accelerator.print(f"Resumed at step {run.state.step} from {known.checkpoint}.")
+    begin(run)
+    return run
+
+
+def make_accelerator(args):
+    """Where it runs. `args.mixed_precision` becomes what accelerate is configured for, if it was not given."""
+    check_engine(args)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        step_scheduler_with_optimizer=False,
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if accelerator.device.type == "cpu":
+        use_cores(accelerator.num_processes)
+    set_seed(args.seed)
+    return accelerator
+
+
+def check(args, accelerator):
+    """What is [`Known`]; mistakes show here, and the plan of memory is printed."""
+    models = models_of(args)
+    accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
+    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint:
+        check_checkpoint(checkpoint, args, accelerator.num_processes)
+    train, judged = prompt_sources(args)
+    train_prompts, eval_prompts, count = load_prompts(train, judged, args.num_eval_prompts, accelerator.print)
+    validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
+    real = real_pictures(args.validation_images, validation_prompts)
+    return Known(models, checkpoint or None, train_prompts, eval_prompts, validation_prompts, count, real)
+
+
+def claim(args, accelerator, known):
+    """What only a run that trains needs: packages, a GPU, and a place on the Hub."""
+    check_accelerations(args, known.models, accelerator)
+    if accelerator.is_main_process:
+        known.repo = create_repository(args) if args.push_to_hub else None
+        known.license = base_license(args.pretrained_model_name_or_path)
+    if args.resume_from_checkpoint and not known.checkpoint:
+        accelerator.print(f"There is no checkpoint in {args.output_dir} yet: starting afresh.")
+
+
+def load(args, accelerator, known, started):
+    """The [`Run`], with its actors: reward; generator (in the pipeline that is shipped), teaching assistant,
+    reference."""
+    device, models = accelerator.device, known.models
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    trained_on, reported = read_rewards(args)
+    reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir)
+    heldout = load_scorers(reported, device, args.cache_dir)
+    roles = roles_of(args, models)
+    actors = load_actors(models, roles, device, dtype, accelerator.autocast, args)
+    decode = actors.pipe.decode  # of the reward's gradient; figures always use the VAE
+    if args.reward_decoder:
+        decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
+
+    theta, psi = train(args, accelerator, roles, actors)
+    encode = make_conditioning(args, actors.pipe, device)
+    draws = make_draws(args, accelerator, known, actors.pipe, encode)
+    null = encode_null(models.family, actors.stock, actors.pipe, encode)
+    null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
+    dial = RewardDial(args.reward_scale, args.reward_warmup_steps, args.reward_ratio, args.reward_ratio_steps)
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        known=known,
+        actors=actors,
+        reward=reward,
+        heldout=heldout,
+        encode=encode,
+        draws=draws,
+        gradient_at_x0=generator_step(args, actors.ta, actors.ref, null, reward, decode),
+        state=LoopState(theta, psi, draws.sampler, dial, step=-args.ta_warmup_steps, started=started),
+        judge=Judge(
+            accelerator,
+            actors.generator,
+            theta,
+            encode,
+            prompts=known.eval_prompts,
+            pictures=known.validation_prompts,
+            latent_shape=draws.sampler.latent_shape,
+            n_images=args.num_eval_images,
+            batch_size=args.reward_batch_size or args.train_batch_size,
+        ),
+        history=None,
+    )
+
+
+def train(args, accelerator, roles, actors):
+    """θ and ψ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before."""
+    title = {role.name: role.title for role in roles}
+    total, k = args.pretrain_steps + args.max_train_steps, args.ta_steps
+    theta = Trained(
+        accelerator,
+        args,
+        title["generator"],
+        actors.generator,
+        learning_rate=args.learning_rate,
+        steps=total,
+        warmup_steps=args.lr_warmup_steps,
+        average=args.use_ema,
+    )
+    psi = Trained(
+        accelerator,
+        args,
+        title["ta"],
+        actors.ta,
+        learning_rate=args.ta_learning_rate or args.learning_rate,
+        steps=args.ta_warmup_steps + k * total,
+        warmup_steps=k * args.lr_warmup_steps,
+    )
+    return theta, psi
+
+
+def make_draws(args, accelerator, known, pipe, encode):
+    """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded."""
+    index, processes = accelerator.process_index, accelerator.num_processes
+    stream = PromptStream(
+        known.train_prompts, args.seed, args.shuffle_buffer_size, index, processes, args.allow_bad_rows
+    )
+    sampler = Sampler(
+        stream,
+        pipe.latent_shape(args.resolution, args.resolution),
+        args.train_batch_size,
+        args.seed,
+        process_index=index,
+        num_processes=processes,
+        device=accelerator.device,
+        steps=len(pipe.timesteps),
+    )
+    if args.prompt_cache:
+        steps = args.ta_warmup_steps + (args.ta_steps + 1) * (args.pretrain_steps + args.max_train_steps)
+        most = steps * images_per_step(args, accelerator)
+        others = ["", *known.eval_prompts, *known.validation_prompts]
+        fill_cache(args, encode, known.train_prompts, others, most, index, processes)
+    return Draws(
+        sampler, encode, pipe.schedule, args.gradient_accumulation_steps, args.min_timestep, args.max_timestep
+    )
+
+
+def begin(run):
+    """The output folder, the history, the trackers; and the generator before training, on fixed prompts and seeds that
+    are never trained on."""
+    args, accelerator, state, checkpoint = run.args, run.accelerator, run.state, run.known.checkpoint
+    if accelerator.is_main_process:
+        prepare_output_dir(args)
+        run.history = History(args.output_dir, state.step if checkpoint else None)
+    if args.report_to != "none":
+        start_trackers(accelerator, args, checkpoint)
+    if checkpoint:
+        return
+    scores, pictures = run.judge(run.reward, run.heldout)
+    means = {name: float(values[:WHILE_TRAINING].mean()) for name, values in scores.items()}
+    state.heldout_scores = [mean for name, mean in means.items() if name == "heldout"]
+    if run.history is not None:
+        with whole(run.before_file) as aside:
+            save_file({"pictures": pictures.cpu(), **scores}, aside)
+        run.history.log(accelerator, 0, {f"val_{name}": mean for name, mean in means.items()})
