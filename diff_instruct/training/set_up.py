@@ -46,8 +46,8 @@ from diff_instruct.training.trackers import start_trackers
 class Known:
     """What is known, and checked, before anything large loads.
 
-    `checkpoint`: the folder to go on from, or None; `count`: what was counted of the prompts' rows; `real`: real pictures of the validation prompts; `repo` and
-    `license`: of the export, on the main process.
+    `checkpoint`: the folder to go on from, or None; `count`: what was counted of the prompts' rows; `real`: real
+    pictures of the validation prompts; `repo` and `license`: of the export, on the main process.
     """
 
     models: Models
