@@ -244,7 +244,9 @@ class OneStepPipeline(DiffusionPipeline):
 
         Returns:
             `dict`: `encoder_hidden_states` (B, L, D); where it is masked, `encoder_attention_mask` (B, L); where there
-            is a pooled state, `text_embeds` (SDXL) or `pooled_projections` (SD3, FLUX.1), (B, D_pooled).
+            is a pooled state, `text_embeds` (SDXL) or `pooled_projections` (SD3, FLUX.1), (B, D_pooled); where the
+            states of a second encoder stand apart (HunyuanImage), `encoder_hidden_states_2` and
+            `encoder_attention_mask_2`.
         """
         return self.family.encode_prompt(self, prompt)
 
@@ -322,6 +324,8 @@ class OneStepPipeline(DiffusionPipeline):
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_2: torch.Tensor | None = None,
+        prompt_attention_mask_2: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ):
@@ -336,7 +340,8 @@ class OneStepPipeline(DiffusionPipeline):
             latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it. The noise
                 of further steps always comes from `generator`.
             prompt_embeds (`torch.Tensor`, (B, L, D), *optional*): encoded prompts, with
-                prompt_attention_mask ((B, L)) or pooled_prompt_embeds ((B, D)), where the family has them.
+                prompt_attention_mask ((B, L)), pooled_prompt_embeds ((B, D)) or, of a second text encoder,
+                prompt_embeds_2 ((B, L_2, D_2)) and prompt_attention_mask_2 ((B, L_2)), where the family has them.
             output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
             return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
 
@@ -351,6 +356,8 @@ class OneStepPipeline(DiffusionPipeline):
             "prompt_embeds": prompt_embeds,
             "prompt_attention_mask": prompt_attention_mask,
             "pooled_prompt_embeds": pooled_prompt_embeds,
+            "prompt_embeds_2": prompt_embeds_2,
+            "prompt_attention_mask_2": prompt_attention_mask_2,
         }
         needed = self.family.conditions
         missing = [name for name in needed.values() if embeds[name] is None]
@@ -478,6 +485,15 @@ class Family:
     def guide(alpha, embedded, n):
         """Arguments of the stock pipeline for ∅ + α (c − ∅) of n prompts, and an embedded guidance."""
         return {"guidance_scale": alpha}
+
+    @staticmethod
+    def set_guidance(stock, alpha):
+        """Make the stock pipeline guide with ∅ + α (c − ∅), where its call has no argument for that."""
+
+    @staticmethod
+    def unsupported(network):
+        """Why a network of this config cannot be trained, the end of a line that names it; None if it can."""
+        return None
 
     @staticmethod
     def tokens(x):

@@ -28,6 +28,7 @@ def sample(models, stock, prompts, z, steps, cfg_scale, size, num_images=1, gene
         embedded = family.embedded_guidance
     z, prompts = z.to(getattr(stock, family.denoiser).dtype), [p for p in prompts for _ in range(num_images)]
     height, width = size
+    family.set_guidance(stock, cfg_scale)
     return stock(
         prompt=prompts,
         latents=family.stock_latents(z),

@@ -83,6 +83,9 @@ def read_models(
     first, last = read_schedule(reference, family)
     networks = read_networks(reference, family, index, vae)
     network = networks[family.denoiser]
+    reason = family.unsupported(network.config)
+    if reason is not None:
+        raise Mistake(f"{path}: its {family.denoiser} {reason}")
     check_resolution(resolution, grid_of(family, networks), path)
 
     trained_at, own_noise, own_guidance = [family.timestep], None, None
