@@ -261,6 +261,16 @@ def test_mistakes_before_weights(flow_args, name, options, message):
         models_of(parse_args(flow_args(name, *options)))
 
 
+def test_networks_that_predict_something_else(flow_args, models, tmp_path):
+    """A family says of a config that it cannot be trained, before weights load."""
+    shutil.copytree(models("HunyuanImagePipeline"), tmp_path / "distilled")
+    config = tmp_path / "distilled" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_meanflow": True}))
+    where = ["--pretrained_model_name_or_path", tmp_path / "distilled"]
+    with pytest.raises(Mistake, match=r"distilled: its transformer predicts means over steps \(MeanFlow"):
+        models_of(parse_args(flow_args("HunyuanImagePipeline", *where)))
+
+
 def test_a_generator_of_another_family_and_a_distilled_one(flow_args, models):
     start = ["--pretrained_generator_name_or_path"]
     with pytest.raises(Mistake, match="does not fit|is a "):

@@ -7,6 +7,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -74,6 +76,16 @@ def tiny_qwen3(cls=Qwen3Model, layers=2):
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
     )  # fmt: skip
     return tokenizer, randomised(cls(config), 0.2)
+
+
+def tiny_qwen2_5_vl(layers=2):
+    tokenizer = tiny_qwen_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    text = {**size, "num_key_value_heads": 2, "vocab_size": len(tokenizer) + 4, "max_position_embeddings": 2048}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return tokenizer, randomised(Qwen2_5_VLForConditionalGeneration(config), 0.2)
 
 
 def shifted(shift=3.0, **options):
