@@ -413,6 +413,11 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
+def layers(ends, *patterns):
+    """One pattern of whole names of layers: those with these ends, and those that one of the patterns matches."""
+    return "|".join([rf".*\.(?:{'|'.join(ends)})", *patterns])
+
+
 class Grid(NamedTuple):
     """The latents of a model: C channels, a side of 1/`factor` of the image's; the image's side must be a multiple of
     `multiple` and is by default `side` (pixels)."""
@@ -447,7 +452,7 @@ class Family:
     unused = ()  # parts of the stock pipeline that text-to-image does not need
     options = {}  # arguments with which the stock pipeline draws just what it is asked for
     unguided = {"guidance_scale": 1.0}  # its arguments for c alone
-    lora_targets = (*ATTENTION, *FEED_FORWARD)  # ends of layers' names
+    lora_targets = (*ATTENTION, *FEED_FORWARD)  # ends of layers' names, or one pattern of whole names
     unrounded = ()  # parts of names of layers in its blocks that a rounded base keeps as they are
     modulation = ("norm", "mod", "adaLN")  # and words in the names of those that it keeps at 8 bits at least
     code = None  # the whole file of an export, where the family is defined outside of it

@@ -9,6 +9,7 @@ from pipeline_one_step import (
     JOINT_ATTENTION,
     Family,
     Grid,
+    layers,
     pack,
     positions,
     tokenize,
@@ -23,7 +24,10 @@ class Flux(Family):
     name = "FluxPipeline"
     unused = ("feature_extractor", "image_encoder")
     unguided = {}  # by default; its guidance is embedded
-    lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp")
+    lora_targets = layers(
+        (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
+        r"single_transformer_blocks\.\d+\.proj_out",
+    )
     max_sequence_length = 512
     conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
     embedded_guidance = 3.5

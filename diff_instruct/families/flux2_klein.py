@@ -3,7 +3,7 @@
 
 import torch
 
-from pipeline_one_step import JOINT_ATTENTION, Family, Grid, chats, positions, tokenize
+from pipeline_one_step import JOINT_ATTENTION, Family, Grid, chats, layers, positions, tokenize
 
 
 class Flux2Klein(Family):
@@ -11,7 +11,10 @@ class Flux2Klein(Family):
     included). A latent is a 2×2 patch of the VAE's, normalised by the VAE's batch statistics."""
 
     name = "Flux2KleinPipeline"
-    lora_targets = (*JOINT_ATTENTION, "linear_in", "linear_out", "to_qkv_mlp_proj")
+    lora_targets = layers(
+        (*JOINT_ATTENTION, "linear_in", "linear_out", "to_qkv_mlp_proj"),
+        r"single_transformer_blocks\.\d+\.attn\.to_out",
+    )
     max_sequence_length = 512
     conditions = {"encoder_hidden_states": "prompt_embeds"}
 

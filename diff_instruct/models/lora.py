@@ -22,9 +22,10 @@ def add_lora(network, name, rank, alpha, targets):
 
     Args:
         name: of the adapters, "generator" or "ta".
-        targets: ends of the names of the layers, as in peft.
+        targets: as peft's `target_modules`: ends of the names of the layers, or one regular expression of whole names.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets)
     with warnings.catch_warnings():  # that there are adapters already is what is wanted
         warnings.simplefilter("ignore")
         inject_adapter_in_model(config, network, adapter_name=name)
