@@ -117,11 +117,11 @@ class Schedule:
         return (x_t - alpha * self.x0(output, x_t, t)) / sigma
 
     def loss_weight(self, t):
-        """λ(t), (B, 1, 1, 1), of ‖ε̂ − ε‖² in the loss of a network of this kind: 1; for flow matching 1/α_t², which
-        makes it the plain loss ‖v̂ − v‖² (an unweighted one leaves the high noise levels, where x0 is made, unlearnt).
-        """
+        """λ(t), (B, 1, 1, 1), of ‖ε̂ − ε‖² in the loss of a network of this kind: 1; for flow matching and v-prediction
+        1/α_t², which makes it the plain loss ‖v̂ − v‖² (an unweighted one leaves the high noise levels, where x0 is
+        made, unlearnt)."""
         alpha, _ = self(t)
-        return 1 / alpha**2 if self.prediction_type == "flow" else torch.ones_like(alpha)
+        return 1 / alpha**2 if self.prediction_type in ("flow", "v_prediction") else torch.ones_like(alpha)
 
 
 class OneStepPipeline(DiffusionPipeline):

@@ -124,11 +124,15 @@ def distance_gradient(y, distance, huber_c):
 
 
 def score_gradient(x0, e, distance="pseudo_huber", huber_c=0.01, guidance="inside"):
-    """The gradient at x0 of the score-based divergence w(t) E d(y_t), y_t = s_ψ(x_t) − s̃_ref(x_t) (SIM, DI*).
+    """The gradient at x0 of the score-based divergence w'(t) E d(y_t), y_t = s_ψ(x_t) − s̃_ref(x_t) (SIM, DI*).
 
-    It is that of w(t) ⟨−d'(y_t), s_ψ(x_t) − ∇ log p(x_t | x0)⟩, where x_t = α x0 + σ ε carries gradient through both
+    It is that of w'(t) ⟨−d'(y_t), s_ψ(x_t) − ∇ log p(x_t | x0)⟩, where x_t = α x0 + σ ε carries gradient through both
     factors, so through both networks. ∇ log p(x_t | x0) = (α x0 − x_t) / σ² is a score with x̂0 = x0, hence a plain
     difference of two.
+
+    w'(t) is w(t), as in `weight`, times α for the pseudo-Huber distance and σ² for `l2`: then a weighting means here
+    what it means in the integral KL, whose gradient has α · α/σ² of a difference of x̂0 where this one has α/σ² alone,
+    or its square.
 
     Args:
         x0: a leaf that requires gradient.
@@ -143,7 +147,8 @@ def score_gradient(x0, e, distance="pseudo_huber", huber_c=0.01, guidance="insid
     if guidance == "outside":
         target, outside = e.cond, ikl_gradient(e)[1]
     y = score_difference(e.ta, target, e.alpha, e.sigma)
-    loss = -e.w * distance_gradient(y, distance, huber_c) * score_difference(e.ta, x0, e.alpha, e.sigma)
+    w = e.w * (e.sigma**2 if distance == "l2" else e.alpha)
+    loss = -w * distance_gradient(y, distance, huber_c) * score_difference(e.ta, x0, e.alpha, e.sigma)
     return torch.autograd.grad(loss.sum(), x0)[0], outside
 
 

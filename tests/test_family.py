@@ -12,6 +12,9 @@ from diff_instruct.objectives import (
     score_gradient,
     weight,
 )
+from diff_instruct.terms import IKL, Alpha, Batch, ScoreDistance
+from diff_instruct.training.steps import GeneratorStep
+from experiments.exact import Exact
 from tests.test_objectives import MU, SHAPE, D, M, S, W, both_schedules, gradient_in_a_b, schedule, x0_of_gaussian  # noqa: F401
 
 
@@ -46,16 +49,17 @@ def train(curvature, steps=400, **options):
 
 @pytest.mark.parametrize("t", [100, 400, 900])
 def test_gradient_is_that_of_the_squared_score_difference(both_schedules, t):  # noqa: F811
-    """Item 4: of w E (s_ψ^{a,b} − s_ref)² over the frozen law N(α b₀, u₀) of x_t, in (a, b) at (a₀, b₀)."""
+    """Item 4: of w' E (s_ψ^{a,b} − s_ref)² over the frozen law N(α b₀, u₀) of x_t, in (a, b) at (a₀, b₀)."""
     a0, b0 = 1.3, 0.1
+    level = W * schedule(torch.tensor([t]))[1].item() ** 2  # w'(t)
     a, b = (torch.tensor(x, requires_grad=True) for x in (a0, b0))
     alpha, u, v = variances(torch.tensor([t]), a)
     u0 = u.detach()
     # s_ψ − s_ref is linear in x_t: its mean square over N(α b₀, u₀)
     mean = -alpha * (b0 - b) / u + alpha * (b0 - MU) / v
-    ((mean**2 + (1 / v - 1 / u) ** 2 * u0) * W).sum().backward()
+    ((mean**2 + (1 / v - 1 / u) ** 2 * u0) * level).sum().backward()
     got = gradient_in_a_b(a0, b0, t, 200_000, distance=L2)
-    scale = W * max(1.0, abs(a.grad.item() / W), abs(b.grad.item() / W))
+    scale = max(level, abs(a.grad.item()), abs(b.grad.item()))
     assert got == pytest.approx((a.grad.item(), b.grad.item()), abs=0.02 * scale)
 
 
@@ -70,7 +74,7 @@ def test_gradient_is_that_of_the_pseudo_huber_distance(both_schedules, huber_c):
     y = -(x_t - alpha * b) / (alpha**2 * a**2 + sigma**2) + (x_t - alpha * MU) / (alpha**2 * S + sigma**2)
     c = huber_c * D**0.5
     distance = D**0.5 * (((y**2).sum(dim=(1, 2, 3)) + c**2).sqrt() - c)
-    (distance.mean() * W / D).backward()
+    (distance.mean() * W * alpha[0].item() / D).backward()
     got = gradient_in_a_b(1.3, 0.1, 400, n, distance=("pseudo_huber", huber_c, "inside"))
     assert got == pytest.approx((a.grad.item(), b.grad.item()), rel=0.02)
 
@@ -86,7 +90,7 @@ def test_detaching_the_distance_s_factor_halves_the_gradient_in_the_scale(both_s
     ta = x0_of_gaussian(x_t, 0.1, 1.3**2, alpha, sigma)
     ref = x0_of_gaussian(x_t, MU, S, alpha, sigma)
     factor = distance_gradient(alpha / sigma**2 * (ta - ref), "l2", 1.0).detach()
-    (-W * factor * alpha / sigma**2 * (ta - x0)).sum(dim=(1, 2, 3)).mean().backward()
+    (-W * factor * alpha * (ta - x0)).sum(dim=(1, 2, 3)).mean().backward()
     da, db = gradient_in_a_b(1.3, 0.1, 300, n, distance=L2)
     assert a.grad.item() / D == pytest.approx(da / 2, rel=0.03)
     assert b.grad.item() / D == pytest.approx(db, rel=0.03)
@@ -101,9 +105,9 @@ def test_pseudo_huber_with_large_c_is_squared_l2():
 
 @pytest.mark.parametrize("guidance, cfg_scale", [("inside", 1.0), ("inside", 3.0), ("outside", 3.0)])
 def test_score_divergence_reaches_its_optimum(both_schedules, guidance, cfg_scale):  # noqa: F811
-    """DI*: a*² = S; b* = μ + (α_cfg − 1)(μ − m) + α_rew k / C, C the mean of 2 w α²/v²; outside, guidance moves it by
-    (α_cfg − 1)(μ − m) times the mean of w α²/v, over C."""
-    c = mean_over_t("x0", lambda alpha, v: 2 * alpha**2 / v**2)
+    """DI*: a*² = S; b* = μ + (α_cfg − 1)(μ − m) + α_rew k / C, C the mean of 2 w σ² α²/v²; outside, guidance moves it
+    by (α_cfg − 1)(μ − m) times the mean of w α²/v, over C."""
+    c = mean_over_t("x0", lambda alpha, v: 2 * (v - alpha**2 * S) * alpha**2 / v**2)
     ikl = mean_over_t("x0", lambda alpha, v: alpha**2 / v)
     k, shift = 0.1 * c, (cfg_scale - 1) * (MU - M)
     b_star = MU + (shift if guidance == "inside" else shift * ikl / c) + 4.0 * 0.1
@@ -169,7 +173,8 @@ def test_score_gradient_is_that_of_autograd_through_everything():
         w = weight("dmd", alpha, sigma, x0, guide(cond, null, 3.0))
         y = alpha / sigma**2 * (from_ta - (guide(cond, null, 3.0) if guidance == "inside" else cond))
         s_ta, s_noise = (alpha * from_ta - x_t) / sigma**2, -eps / sigma
-        loss = -w * distance_gradient(y, name, c) * (s_ta - s_noise)
+        level = sigma**2 if name == "l2" else alpha
+        loss = -w * level * distance_gradient(y, name, c) * (s_ta - s_noise)
         if guidance == "outside":
             loss = loss + w * 2.0 * (alpha / sigma**2 * (null - cond)).detach() * x_t
         expected = torch.autograd.grad(loss.sum(), generator.parameters())
@@ -182,6 +187,25 @@ def test_score_gradient_is_that_of_autograd_through_everything():
         assert (parts[1].abs().max() > 0) == (guidance == "outside")
         for g, e in zip(got, expected):
             torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
+
+
+@pytest.mark.parametrize("distance", [None, ("pseudo_huber", 1e-4, "inside"), ("l2", 1.0, "inside")])
+def test_the_divergence_pulls_alike_at_all_noise_levels(distance):
+    """The gradient's norm with `x0`, of the integral KL and of both distances: within 1 to 5, where with
+    the integral KL's own weights the pseudo-Huber distance's were as 1 to 100."""
+    z, eps = torch.randn(2, 256, *SHAPE, generator=torch.Generator().manual_seed(5))
+    x0, norms = 0.7 * z + 0.1, []
+
+    def exact(mean, var):
+        return lambda x_t, t: x0_of_gaussian(x_t, mean, var, *schedule(t))
+
+    terms = (ScoreDistance(*distance) if distance else IKL(),)
+    step = GeneratorStep(Exact(schedule, exact(0.1, 0.49)), Exact(schedule, exact(MU, S)), {}, terms, "x0")
+    for t in (200, 400, 600, 800, 950):
+        t = torch.full((256,), t)
+        _, figures = step(x0, Batch(["c"] * 256, {}, z, z[:0], torch.zeros_like(t), t, eps), Alpha(1.0))
+        norms.append(figures["norm_divergence"].item())
+    assert max(norms) < 5 * min(norms), norms
 
 
 def test_guidance_beside_the_distance_is_that_of_the_integral_kl():

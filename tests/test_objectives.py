@@ -200,6 +200,17 @@ def test_conversions_recover_x0_and_epsilon(prediction_type):
     torch.testing.assert_close(s.epsilon(output, x_t, t), eps, atol=1e-4, rtol=1e-4)
 
 
+def test_the_loss_of_v_prediction_is_plain_in_v():
+    """Of weights 1 the one of ‖ε̂ − ε‖² would be α² times it, 0.0003 of it at t = 900."""
+    s = Schedule(DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction"))
+    x0, eps, v = torch.randn(3, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for t in (20, 500, 900):
+        t = torch.full((3,), t)
+        alpha, sigma = s(t)
+        loss = denoising_loss(s.epsilon(v, s.add_noise(x0, eps, t), t), eps, s.loss_weight(t))
+        torch.testing.assert_close(loss, (v - (alpha * eps - sigma * x0)).square().mean(), rtol=1e-3, atol=0)
+
+
 def test_timesteps_include_both_ends():
     t = schedule.timesteps(torch.linspace(0, 1, 10_001)[:-1], 0.02, 0.98)
     assert t.min() == 20 and t.max() == 980

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 
 import pytest
@@ -191,7 +192,7 @@ def test_warm_up():
 
 
 def test_a_ratio_is_measured_and_then_fixed():
-    """α_rew = ratio · mean ‖divergence‖ / mean ‖∇r‖ of the first finite steps; exact after a resume halfway."""
+    """α_rew = ratio · mean ‖divergence‖ / mean ‖∇r‖ of the later half of the finite steps; exact when resumed."""
     dial, steps = RewardDial(ratio=0.5, ratio_steps=3), [(1.0, 8.0), (math.nan, 1.0), (3.0, 4.0), (2.0, 6.0)]
     for step, norms in enumerate(steps):
         assert dial.measuring(step) and dial.scale(step) == 0.0 and not dial.measuring(-1)
@@ -199,17 +200,35 @@ def test_a_ratio_is_measured_and_then_fixed():
         fresh = RewardDial(ratio=0.5, ratio_steps=3)
         fresh.load_state_dict(json.loads(json.dumps(dial.state_dict())))
         dial = fresh
-    assert dial.scale(4) == dial.reward_scale == 0.5 * 18 / 6 and not dial.measuring(4)
+    assert dial.scale(4) == dial.reward_scale == 0.5 * 10 / 5 and not dial.measuring(4)
     with pytest.raises(ValueError, match="the reward had no gradient in 1 steps"):
         RewardDial(ratio=1.0, ratio_steps=1).observe(0.0, 1.0)
 
 
+def test_a_ratio_waits_for_the_teaching_assistant():
+    """Its norm of the divergence as logged on the pocket, 0.06 at first and 2.9 when it knows the generator: the first
+    ten steps say 0.6, six times too little; noise alone does not put it off, and after `most_steps` it has an end."""
+
+    def found(norm, **options):
+        dial, rng = RewardDial(ratio=1.0, ratio_steps=10, **options), random.Random(0)
+        for step in range(1000):
+            if not dial.measuring(step):
+                return step, dial.reward_scale
+            dial.observe(0.5, norm(step) * rng.uniform(0.9, 1.1))
+
+    grows = lambda step: 3 * (1 - 0.98 * math.exp(-step / 60))  # noqa: E731
+    assert found(grows) == (640, pytest.approx(6, rel=0.02))
+    assert found(grows, most_steps=250) == (250, pytest.approx(6, rel=0.1))
+    assert found(lambda step: 3) == (10, pytest.approx(6, rel=0.05))
+    assert found(lambda step: step, most_steps=25) == (25, pytest.approx(36, rel=0.05))
+
+
 def test_a_run_with_a_ratio(tiny_args, tmp_path):
-    """After two steps the reward pulls twice as hard as the divergence did in them; history, summary, card say so."""
+    """After two steps the reward pulls twice as hard as the divergence in the later; history, summary, card say so."""
     run([*tiny_args, "--reward_ratio", 2, "--reward_ratio_steps", 2])
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ta_loss" in row]
-    expected = 2 * sum(r["norm_divergence"] for r in rows[:2]) / sum(r["norm_reward"] for r in rows[:2])
+    expected = 2 * rows[1]["norm_divergence"] / rows[1]["norm_reward"]
     assert [row["reward_scale"] for row in rows] == pytest.approx([0, 0, expected, expected])
     assert summary_of(tmp_path / "out")["reward_scale"] == pytest.approx(expected)
     assert f"reward scale {expected:.4g}" in (tmp_path / "out" / "README.md").read_text()

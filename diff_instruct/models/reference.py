@@ -11,7 +11,9 @@ def encode_null(family, stock, pipe, encode):
 
 
 @torch.no_grad()
-def sample(models, stock, prompts, z, steps, cfg_scale, size, num_images=1, generator=None, **options):
+def sample(
+    models, stock, prompts, z, steps, cfg_scale, size, num_images=1, generator=None, output_type="pt", **options
+):
     """Pixels (B·n, 3, H, W) in [0, 1] of the stock pipeline with its own sampler.
 
     Args:
@@ -20,6 +22,7 @@ def sample(models, stock, prompts, z, steps, cfg_scale, size, num_images=1, gene
         cfg_scale: α_cfg, guidance as ∅ + α (c − ∅); of a network that has guidance as an input and no ∅: that one.
         size: (height, width), pixels.
         generator: of the noise that the sampler wants later.
+        output_type: "pt", or "latent" for latents in the form in which the stock's sampler holds them.
         options: further arguments of the stock pipeline.
     """
     stock.set_progress_bar_config(disable=True)
@@ -36,8 +39,14 @@ def sample(models, stock, prompts, z, steps, cfg_scale, size, num_images=1, gene
         height=height,
         width=width,
         generator=generator,
-        output_type="pt",
+        output_type=output_type,
         **family.guide(cfg_scale, embedded, len(prompts)),
         **family.options,
         **options,
     ).images.float()
+
+
+def sample_latents(models, stock, prompts, z, steps, cfg_scale, size):
+    """x0 (B, C, h, w), float32, that the stock pipeline makes of unit noise z like it; the rest as in [`sample`]."""
+    x0 = sample(models, stock, prompts, z, steps, cfg_scale, size, output_type="latent")
+    return models.family.from_tokens(x0, z.shape)

@@ -139,10 +139,10 @@ class PromptCache:
         self.add(str(file), digests)
 
 
-def checksum(module):
-    """Of the bits of all weights and buffers, the same on every device."""
+def checksum(state):
+    """Of the bits of tensors by name, such as a `state_dict`, the same on every device."""
     total = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         bits = value.detach().contiguous().view(-1).view(INTEGERS[value.element_size()])
         total.update(f"{name} {tuple(value.shape)} {value.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
     return total.hexdigest()
@@ -162,7 +162,7 @@ def encoder_key(components, *settings):
             told = [sorted(part.get_vocab().items()), part.model_max_length, part.padding_side, template]
             key[name] = [type(part).__name__, digest(json.dumps(told)).hex()]
         elif name.startswith("text_encoder") and part is not None:
-            key[name] = [type(part).__name__, str(part.dtype), checksum(part)]
+            key[name] = [type(part).__name__, str(part.dtype), checksum(part.state_dict())]
     return json.dumps(key)
 
 

@@ -165,10 +165,14 @@ def add_algorithm_arguments(parser):
     g.add_argument("--reward_scale", type=non_negative, default=10.0, help="α_rew; the paper's: 0, 1, 10")
     g.add_argument(
         "--reward_ratio", type=positive,
-        help="instead: α_rew such that the reward pulls so many times as hard as the divergence, as measured over the "
-        "first --reward_ratio_steps steps of alignment, in which it is 0",
+        help="instead: α_rew such that the reward pulls so many times as hard as the divergence, as measured in the "
+        "first steps of alignment, in which it is 0, when the teaching assistant has caught up",
     )  # fmt: skip
-    g.add_argument("--reward_ratio_steps", type=positive_int, default=10, help="steps that --reward_ratio measures")
+    g.add_argument(
+        "--reward_ratio_steps", type=positive_int, default=10,
+        help="steps that --reward_ratio measures; they are doubled while the divergence's pull still grows by more "
+        "than a tenth, up to a quarter of --max_train_steps",
+    )  # fmt: skip
     g.add_argument(
         "--cfg_scale", type=non_negative, default=4.5,
         help="α_cfg, guidance of the reference as uncond + α (cond − uncond): 1 is none; the paper's: 1, 4.5",
@@ -207,7 +211,11 @@ def add_algorithm_arguments(parser):
     g.add_argument(
         "--ta_warmup_steps", type=natural, default=0, help="steps of the teaching assistant before the first one"
     )
-    g.add_argument("--weighting", choices=WEIGHTINGS, default="dmd", help="w(t) of the integral KL")
+    g.add_argument(
+        "--weighting", choices=WEIGHTINGS,
+        help="w(t) of the divergence; default: dmd, but x0 for the pseudo-Huber distance, whose pull on each sample "
+        "is normalised already",
+    )  # fmt: skip
     g.add_argument(
         "--min_timestep", type=fraction, default=0.02, help="π(t) starts here, as a fraction of the schedule"
     )

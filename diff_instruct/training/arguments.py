@@ -70,6 +70,8 @@ def parse_args(input_args=None):
     if given.reward_ratio is not None:
         parser.set_defaults(reward_scale=None)
     args = parser.parse_args(input_args)
+    if args.weighting is None:
+        args.weighting = "x0" if args.divergence == "score" and args.score_distance == "pseudo_huber" else "dmd"
     if on_pocket and (given.dataset_name or given.train_prompts):  # one's own prompts: judge with those, too
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     if on_pocket and given.heldout_reward is None and args.eval_prompts != parser.get_default("eval_prompts"):

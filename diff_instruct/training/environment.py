@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from functools import partial
 
 import torch
+from accelerate.utils import AutocastKwargs
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available
 
 from diff_instruct.mistake import Mistake
@@ -34,6 +36,12 @@ def check_engine(args):
         raise Mistake("--offload_ema does not work with FSDP2, which divides the average: leave it out")
     # It is on by default, and transformers then leaves text encoders and rewards empty on all processes but the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def autocast_of(accelerator):
+    """The context of mixed precision for each evaluation of a network, without autocast's cache: until torch 2.10 it
+    hands a cast that was made without gradient to a pass that needs one, and so cuts the graph."""
+    return partial(accelerator.autocast, AutocastKwargs(cache_enabled=False))
 
 
 def is_set(variable):

@@ -1,6 +1,7 @@
 """α_rew over the steps of alignment, and an early stop: what acts over time on the reward. (Caps are in mix.py.)"""
 
 from math import inf, isfinite, isnan
+from statistics import fmean
 
 from diff_instruct.mistake import Mistake
 
@@ -8,25 +9,32 @@ from diff_instruct.mistake import Mistake
 class RewardDial:
     """α_rew, which dL/dx0 = −α_rew ∇r + (the divergence's gradient) takes in each step: given, or measured.
 
-    Given, it is `reward_scale`. With a `ratio` it is measured: over the first `ratio_steps` steps of alignment whose
-    norms are finite α_rew is 0, so that the generator moves by the divergence alone and what is measured does not
-    depend on α_rew; then it is fixed for the rest of the run so that the reward pulls `ratio` times as hard,
-    α_rew = ratio · mean ‖divergence's gradient‖ / mean ‖∇r‖. Either way it rises linearly over the first
-    `warmup_steps` steps of alignment, and before them, while pretraining, it is 0.
+    Given, it is `reward_scale`. With a `ratio` it is measured. Meanwhile it is 0, so that the generator moves by the
+    divergence alone and what is measured does not depend on α_rew; then it is fixed for the rest of the run so that
+    the reward pulls `ratio` times as hard, α_rew = ratio · mean ‖divergence's gradient‖ / mean ‖∇r‖.
+
+    The divergence's gradient is s_ψ − s_ref, which is 0 where the teaching assistant begins, as the reference, and
+    grows until it knows the generator. So what counts are the later half of the n steps with finite norms so far, and
+    they count when the divergence pulls there no more than a tenth harder than in the quarter before: looked at n =
+    `ratio_steps`, and whenever n has doubled since; at n = `most_steps` they count in any case.
+
+    Either way α_rew rises linearly over the first `warmup_steps` steps of alignment with one, and before, while
+    pretraining, it is 0.
 
     Args:
         reward_scale (`float`, *optional*): α_rew ≥ 0; None with a `ratio`.
         warmup_steps (`int`): α_rew is whole from step `warmup_steps` − 1 on; 0: at once.
         ratio (`float`, *optional*): how many times as hard as the divergence the reward is to pull, > 0.
-        ratio_steps (`int`): how many steps are measured, ≥ 1.
+        ratio_steps (`int`): how many steps are measured at least, ≥ 1.
+        most_steps (`int`, *optional*): and at most; by default there is no end.
 
     `dial.reward_scale` is α_rew as given or measured, without the warm-up, and None while it is being measured.
     """
 
-    def __init__(self, reward_scale=None, warmup_steps=0, ratio=None, ratio_steps=10):
+    def __init__(self, reward_scale=None, warmup_steps=0, ratio=None, ratio_steps=10, most_steps=None):
         self.reward_scale, self.warmup_steps = reward_scale, warmup_steps
-        self.ratio, self.ratio_steps = ratio, ratio_steps
-        self.measured, self.sum_reward, self.sum_divergence = 0, 0.0, 0.0
+        self.ratio, self.ratio_steps, self.most_steps = ratio, ratio_steps, most_steps or inf
+        self.norms = []  # of the reward and of the divergence, of each step that was measured
 
     def measuring(self, step):
         """Whether step 0, 1, ... of alignment is to be observed, and so needs ∇r although α_rew is 0."""
@@ -51,22 +59,26 @@ class RewardDial:
         """
         if not (isfinite(norm_reward) and isfinite(norm_divergence)):
             return
-        self.measured += 1
-        self.sum_reward += norm_reward
-        self.sum_divergence += norm_divergence
-        if self.measured < self.ratio_steps:
+        self.norms.append((norm_reward, norm_divergence))
+        n = len(self.norms)
+        doublings, rest = divmod(n, self.ratio_steps)
+        due = rest == 0 and doublings & (doublings - 1) == 0
+        if n < self.most_steps and not due:
             return
-        if self.sum_reward == 0:
+        if not any(reward for reward, _ in self.norms):
             raise Mistake(
-                f"--reward_ratio: the reward had no gradient in {self.measured} steps: give --reward_scale, or lift "
-                "its --reward_cap"
+                f"--reward_ratio: the reward had no gradient in {n} steps: give --reward_scale, or lift its "
+                "--reward_cap"
             )
-        self.reward_scale = self.ratio * self.sum_divergence / self.sum_reward
+        reward, late = (fmean(norms) for norms in zip(*self.norms[n // 2 :]))
+        early = fmean(divergence for _, divergence in self.norms[n // 4 : n // 2] or self.norms)
+        if reward and (late <= 1.1 * early or n >= self.most_steps):
+            self.reward_scale = self.ratio * late / reward
 
     def state_dict(self):
         """Plain numbers, for the checkpoint: a resumed run goes on measuring, or keeps what was measured. Of an α_rew
         that was given there is nothing to keep."""
-        names = ("reward_scale", "measured", "sum_reward", "sum_divergence") if self.ratio is not None else ()
+        names = ("reward_scale", "norms") if self.ratio is not None else ()
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):

@@ -32,7 +32,7 @@ from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint
 from diff_instruct.training.draws import Draws
-from diff_instruct.training.environment import check_accelerations, check_engine, use_cores
+from diff_instruct.training.environment import autocast_of, check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import History
 from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
@@ -172,7 +172,7 @@ def load(args, accelerator, known, started):
     reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir)
     heldout = load_scorers(reported, device, args.cache_dir)
     roles = roles_of(args, models)
-    actors = load_actors(models, roles, device, dtype, accelerator.autocast, args)
+    actors = load_actors(models, roles, device, dtype, autocast_of(accelerator), args)
     decode = actors.pipe.decode  # of the reward's gradient; figures always use the VAE
     if args.reward_decoder:
         decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
@@ -182,7 +182,8 @@ def load(args, accelerator, known, started):
     draws = make_draws(args, accelerator, known, actors.pipe, encode)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
-    dial = RewardDial(args.reward_scale, args.reward_warmup_steps, args.reward_ratio, args.reward_ratio_steps)
+    most = max(args.reward_ratio_steps, args.max_train_steps // 4)
+    dial = RewardDial(args.reward_scale, args.reward_warmup_steps, args.reward_ratio, args.reward_ratio_steps, most)
     return Run(
         args=args,
         accelerator=accelerator,
