@@ -275,7 +275,7 @@ def test_bfloat16_and_checkpointing_train_every_weight(short_args, models, tmp_p
     cached = []
 
     def look(actors):
-        for actor in actors[2:]:
+        for actor in actors.cast.values():
             actor.network.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
 
     watch_actors(monkeypatch, look)
