@@ -30,8 +30,9 @@ from diff_instruct.evaluation.store import Batches, fingerprint, remember
 from diff_instruct.files import NotWritten, check_apart, whole, write_text
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.base import Scorer
+from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.rewards.loading import load_scorers
-from diff_instruct.rewards.specs import NAMES, files_of, read_scorers
+from diff_instruct.rewards.specs import files_of, read_scorers
 from diff_instruct.training.environment import use_cores
 
 
@@ -67,7 +68,7 @@ def build_parser():
     add("--seed", type=seed, default=1234, help="of the images; the training script judges with the default")
     add("--rewards", type=text, nargs="+", metavar="NAME",
         default=["image_reward", "hpsv2.1", "pickscore", "clip", "aesthetic"],
-        help=f"any of {', '.join(NAMES)}, or your own as path/to/file.py:function; diversity is measured with the "
+        help=f"any of {', '.join(CATALOGUE)}, or your own as path/to/file.py:function; diversity is measured with the "
         "first one")  # fmt: skip
     add(
         "--reward_checkpoint",

@@ -30,7 +30,7 @@ from diff_instruct.evaluation.judge import Judge
 from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import GIB, plan
-from diff_instruct.rewards.loading import REWARDS
+from diff_instruct.rewards.image_reward import ImageReward
 from diff_instruct.training import finish
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.optimizer import Trained
@@ -122,7 +122,7 @@ def random_image_reward(path=None, cache_dir=None):
 def measure(args):
     """Run the script; returns a [`Watch`] and the seconds of each iteration."""
     watch, stamps, step = Watch(), [], Trained.step
-    REWARDS["image_reward"] = random_image_reward
+    ImageReward.from_pretrained = staticmethod(random_image_reward)
 
     def stepped(trained):  # called twice an iteration
         result = step(trained)

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +15,17 @@ from transformers import BertTokenizer, CLIPModel
 import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
 from diff_instruct.objectives import reward_gradient
+from diff_instruct.plan.memory_plan import reward_bytes
 from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
+from diff_instruct.rewards.catalogue import CATALOGUE, Published
 from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import FunctionReward
 from diff_instruct.rewards.hpsv2 import HPSv2
-from diff_instruct.rewards.loading import load_reward, truncated_prompts
+from diff_instruct.rewards.loading import load_mix, load_reward, truncated_prompts
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.pocket import PocketReward
-from diff_instruct.rewards.specs import RewardSpec, split_number
+from diff_instruct.rewards.specs import RewardSpec, read_rewards, split_number
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
 from tests.parity.reward_inputs import ORACLE, WORDS, random_state
@@ -104,6 +108,23 @@ def test_gradient_does_not_depend_on_the_micro_batch(make, name):
     for size in (1, 2):
         for got, expected in zip(reward_gradient(x0, PROMPTS[:5], reward, lambda x: x, size), whole):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reward_is_added_by_its_class_and_one_entry(tiny_pocket, tmp_path, monkeypatch):
+    """As docs/design.md says, with the class that stands there: `--reward` finds it, and it scores with a gradient."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "design.md").read_text()
+    code = re.search(r"```python\n(import torch\n.*?class MyScore.*?)\n\n\nreward, pixels", page, flags=re.S)[1]
+    (tmp_path / "my_score.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(CATALOGUE, "my_score", Published("my_score:MyScore", parameters=100))
+    options = ["--reward", "my_score:2", "--reward_checkpoint", f"my_score={tiny_pocket / 'scorer'}"]
+    args = parse_args([*options, "--output_dir", str(tmp_path / "out")])
+    mix, x = load_mix(read_rewards(args)[0], "cpu"), pictures(2).requires_grad_()
+    r = mix(x, PROMPTS[:2])
+    r.sum().backward()
+    assert r.shape == (2,) and x.grad.abs().sum() > 0
+    pocket = sum(spec.published.parameters for spec in read_rewards(args)[1])
+    assert reward_bytes(args) == 4 * (100 + pocket)
 
 
 @pytest.mark.parametrize("name", EVERY)

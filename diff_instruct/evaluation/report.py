@@ -10,16 +10,15 @@ import torch
 from diff_instruct.evaluation.cost import MEMORY_IS
 from diff_instruct.evaluation.prompt_sets import RULES
 from diff_instruct.evaluation.statistics import INTERVALS, interval, mean_over_categories, mean_with_interval, wins
+from diff_instruct.rewards.catalogue import CATALOGUE
 
 
-# Of what is published in other units, too; each scorer's class says more.
-UNITS = {
-    "hpsv2": "100 · cosine",
-    "hpsv2.1": "100 · cosine",
-    "pickscore": "exp(logit scale) · cosine, about 100 · cosine",
-    "clip": "100 · max(cosine, 0)",
-}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
+
+
+def unit_of(name):
+    """Of a reward's score, where it is published in others, too; else None."""
+    return CATALOGUE[name].unit if name in CATALOGUE else None
 
 
 def figure(values, prompts):
@@ -114,7 +113,7 @@ def report(args, contenders, kept, prompts, device):
         "num_images": args.num_images,
         "seed": args.seed,
         "image_seeds": "seed + 1000003 * (place of the prompt, from 0) + (number of the image, from 0)",
-        "units": {key: UNITS[key] for key in next(iter(scores.values())) if key in UNITS},
+        "units": {key: unit for key in next(iter(scores.values())) if (unit := unit_of(key))},
         "intervals": f"{INTERVALS}; within categories, if means are; 2000 resamples",
         "models": models,
         "comparison": {

@@ -25,16 +25,6 @@ from diff_instruct.training.steps import generator_step, ta_loss
 from pipeline_one_step import OneStepPipeline
 
 
-# Of rewards at their published sizes: parameters, and the bytes that a graph holds for one picture in float32, as
-# `Live` counts them on `benchmarks/reward_cost.py`'s networks.
-REWARDS = {
-    "image_reward": (446_206_689, 267_699_784),
-    "clip": (427_616_513, 357_307_816),
-    "aesthetic": (304_894_178, 356_903_848),
-    **dict.fromkeys(("hpsv2", "hpsv2.1", "pickscore"), (986_109_441, 424_970_780)),  # one network
-}
-
-
 class Live(TorchDispatchMode):
     """Within: counts the bytes of storages that operations make and that are still held; `peak` is the highest sum."""
 
@@ -102,8 +92,10 @@ class Reward:
     """As much as the rewards of the arguments hold for a picture."""
 
     def __init__(self, args):
-        sizes = [REWARDS.get(spec.name, (0, 0))[1] for spec in read_rewards(args)[0]]
-        self.size = sum(sizes) // (2 if args.reward_dtype == "bf16" else 1)
+        trained, _ = read_rewards(args)
+        self.size = sum(spec.published.graph_bytes for spec in trained if spec.published) // (
+            2 if args.reward_dtype == "bf16" else 1
+        )
 
     def __call__(self, pixels, prompts):
         return Held.apply(pixels, self.size * len(prompts))

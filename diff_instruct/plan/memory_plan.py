@@ -5,7 +5,7 @@ import copy
 from diff_instruct.models.lora import add_lora, trained_parameters
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sharding import processes
-from diff_instruct.plan.activations import REWARDS, activations
+from diff_instruct.plan.activations import activations
 from diff_instruct.rewards.specs import read_rewards
 
 
@@ -65,8 +65,10 @@ def adapters(models, rank):
 
 def reward_bytes(args):
     """Weights of the rewards that are trained on and reported, as far as their sizes are known beforehand."""
-    trained, heldout = ([REWARDS.get(spec.name, (0, 0))[0] for spec in specs] for specs in read_rewards(args))
-    return (2 if args.reward_dtype == "bf16" else 4) * sum(trained) + 4 * sum(heldout)
+    trained, heldout = (
+        sum(spec.published.parameters for spec in specs if spec.published) for specs in read_rewards(args)
+    )
+    return (2 if args.reward_dtype == "bf16" else 4) * trained + 4 * heldout
 
 
 def peak(args, models, mixed_precision):

@@ -1,43 +1,14 @@
 """Rewards r(x, c): callables `reward(pixels, prompts) -> (B,)`, differentiable in pixels (B, 3, H, W) in [0, 1]."""
 
-from functools import partial
-from pathlib import Path
-
 import torch
 from accelerate.utils import gather_object
 
-from diff_instruct.rewards.aesthetic import Aesthetic
 from diff_instruct.rewards.base import Scorer
-from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import FunctionReward
-from diff_instruct.rewards.hpsv2 import HPSv2
-from diff_instruct.rewards.image_reward import ImageReward
 from diff_instruct.rewards.mix import Mix
-from diff_instruct.rewards.pickscore import PickScore
-from diff_instruct.rewards.pocket import PocketReward
-from diff_instruct.rewards.pocket_truth import PocketTruth
-
-
-POCKET = Path(__file__).resolve().parents[2] / "pocket"
-
-
-def in_pocket(load, folder, path=None, cache_dir=None):
-    """What `load` makes of `path`, or of a folder in pocket/."""
-    return load(path=path or POCKET / folder)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reward_dtype`
-REWARDS = {  # a key for each of specs.NAMES
-    "image_reward": ImageReward.from_pretrained,
-    "hpsv2": partial(HPSv2.from_pretrained, "hpsv2"),
-    "hpsv2.1": partial(HPSv2.from_pretrained, "hpsv2.1"),
-    "pickscore": PickScore.from_pretrained,
-    "clip": ClipScore.from_pretrained,
-    "aesthetic": Aesthetic.from_pretrained,
-    "pocket": partial(in_pocket, partial(PocketReward.from_pretrained, "pocket"), "scorer"),
-    "pocket_heldout": partial(in_pocket, partial(PocketReward.from_pretrained, "pocket_heldout"), "scorer_heldout"),
-    "pocket_truth": partial(in_pocket, PocketTruth.from_pretrained, "scorer_heldout"),
-}
 
 
 def load_reward(spec, device="cpu", dtype=torch.float32, cache_dir=None, trained=True):
@@ -49,7 +20,7 @@ def load_reward(spec, device="cpu", dtype=torch.float32, cache_dir=None, trained
         Mistake: for a checkpoint that is not there or incomplete, a function that cannot work.
     """
     if spec.file is None:
-        return REWARDS[spec.name](path=spec.checkpoint, cache_dir=cache_dir).to(device, dtype)
+        return spec.published.load(spec.name, spec.checkpoint, cache_dir).to(device, dtype)
     reward = FunctionReward(spec.name).to(device)
     reward.check(device, trained)
     return reward

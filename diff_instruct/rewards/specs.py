@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.rewards.catalogue import CATALOGUE
 
 
-TRAINABLE = ("image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic", "pocket", "pocket_heldout")
-NAMES = (*TRAINABLE, "pocket_truth")  # a measurement, without gradient
 NO_REWARD = "none"  # what `--reward` says of a run without reward
 
 
@@ -17,7 +16,7 @@ class RewardSpec:
     """A reward as the command line says it; it exists, and so does its checkpoint if it names one.
 
     Args:
-        name: one of `NAMES`, or a user's own as `path/to/file.py:function`.
+        name: one of the `CATALOGUE`, or a user's own as `path/to/file.py:function`.
         weight: its factor in the mix, in the published unit of its score.
         cap: the score, in that unit, above which it is not pursued any further; None: everywhere.
         checkpoint: local file or folder instead of the Hub's.
@@ -36,8 +35,8 @@ class RewardSpec:
             raise Mistake(f"reward `{self.name}`: no such file: {self.file}")
         if self.file is not None and not self.label.isidentifier():
             raise Mistake(f"reward `{self.name}`: after {self.file}: comes the name of a function")
-        if self.file is None and self.name not in NAMES:
-            known = f"known are {', '.join(NAMES)}, or your own as path/to/file.py:function"
+        if self.file is None and self.published is None:
+            known = f"known are {', '.join(CATALOGUE)}, or your own as path/to/file.py:function"
             raise Mistake(f"unknown reward `{self.name}`; {known}")
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise Mistake(f"--reward_checkpoint {self.name}={self.checkpoint}: no such file or folder")
@@ -47,6 +46,11 @@ class RewardSpec:
         """The Python file of a user's own reward, else None."""
         file, is_file, _ = self.name.rpartition(".py:")
         return f"{file}.py" if is_file else None
+
+    @property
+    def published(self):
+        """What the `CATALOGUE` has of it; None for a user's own."""
+        return CATALOGUE.get(self.name)
 
     @property
     def label(self):
@@ -76,7 +80,7 @@ def read_rewards(args):
         RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name))
         for (name, weight), label in zip(weights, labels)
     )
-    measured = [spec.name for spec in trained if spec.file is None and spec.name not in TRAINABLE]
+    measured = [spec.name for spec in trained if spec.published is not None and not spec.published.has_gradient]
     if measured:
         raise Mistake(f"--reward {measured[0]}: it only judges, without gradient; give it as --heldout_reward")
     heldout = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in args.heldout_reward or [])
@@ -120,8 +124,8 @@ def read_checkpoints(entries):
     """
     checkpoints = split_pairs("reward_checkpoint", entries)
     for name, path in checkpoints.items():
-        if name not in NAMES:
-            raise Mistake(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(NAMES)}")
+        if name not in CATALOGUE:
+            raise Mistake(f"--reward_checkpoint: unknown reward `{name}`; known are {', '.join(CATALOGUE)}")
         RewardSpec(name, checkpoint=path)
     return checkpoints
 

@@ -20,7 +20,7 @@ from diff_instruct.command_line import (
 )
 from diff_instruct.families import FAMILIES
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
-from diff_instruct.rewards.specs import NAMES
+from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.training.methods import METHODS
 
 
@@ -226,8 +226,8 @@ def add_reward_arguments(parser):
     g = parser.add_argument_group("reward")
     g.add_argument(
         "--reward", type=text, nargs="+", metavar="NAME[:WEIGHT]",
-        help=f"r(x, c), the weighted sum of: {', '.join(NAMES)}, or your own as path/to/file.py:function; none: no "
-        "reward, where --reward_scale is 0; default: image_reward, or none where it is 0",
+        help=f"r(x, c), the weighted sum of: {', '.join(CATALOGUE)}, or your own as path/to/file.py:function; none: "
+        "no reward, where --reward_scale is 0; default: image_reward, or none where it is 0",
     )  # fmt: skip
     g.add_argument(
         "--heldout_reward",
