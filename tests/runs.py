@@ -55,7 +55,7 @@ def load(command):
     stock = load_reference(models, torch.float32)
     pipe = load_generator(models, stock)
     if args.lora_rank:
-        add_lora(pipe.denoiser, "generator", args.lora_rank, args.lora_alpha, models.family.lora_targets)
+        add_lora(pipe.denoiser, "generator", args.lora_rank, args.lora_alpha, models.lora_targets)
     return args, models, stock, pipe
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from diff_instruct.export.apps import noise_levels, where_it_runs
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.lora import add_lora, reach, trained_parameters
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import plan, table
 from diff_instruct.training import set_up
@@ -198,6 +198,30 @@ def test_recipes(command, monkeypatch, tmp_path):
     assert sum(plan(args, models, "bf16")["generator"].values()) > 2e8
     before_flow = {"PixArtAlphaPipeline": 400, "StableDiffusionPipeline": 625, "StableDiffusionXLPipeline": 399}
     assert models.timestep == before_flow.get(models.family.name, 1000)
+
+
+def test_layers_that_get_adapters(tiny_args, tiny_model):
+    """The family's by default; ends of names; one pattern; a word that names no layer is said."""
+    command = [*tiny_args, "--lora_rank", "2", "--lora_target_modules"]
+
+    def adapted(*words):
+        *_, pipe = load([*(command if words else command[:-1]), *words])
+        return {k.split(".lora_A")[0] for k in trained_parameters(pipe.denoiser, "generator") if ".lora_A" in k}
+
+    assert len(adapted()) == 10 and adapted("to_q", "ff.net.2") < adapted()
+    assert adapted(r"transformer_blocks\.\d+\.attn1\.to_[qk]") == {
+        "transformer_blocks.0.attn1.to_q",
+        "transformer_blocks.0.attn1.to_k",
+    }
+    for words, message in (
+        (["to_q", "nothing"], "nothing is the name of no layer"),
+        (["(to"], "no regular expression"),
+    ):
+        with pytest.raises(Mistake, match=message):
+            models_of(parse_args([*command, *words]))
+    network = models_of(parse_args(tiny_args)).networks["transformer"]
+    layers, share = reach(network, ("to_q",))
+    assert layers == 2 and share == pytest.approx(2 * 17 * 16 / sum(p.numel() for p in network.parameters()))
 
 
 def test_there_are_recipes_for_all_families():

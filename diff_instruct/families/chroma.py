@@ -5,11 +5,7 @@ import torch
 
 from diff_instruct.families.flux import Flux
 from pipeline_one_step import (
-    CONTEXT_FEED_FORWARD,
-    FEED_FORWARD,
-    JOINT_ATTENTION,
     Family,
-    layers,
     positions,
     tokenize,
     unpack,
@@ -22,10 +18,6 @@ class Chroma(Flux):
     name = "ChromaPipeline"
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None
-    lora_targets = layers(
-        (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
-        r"single_transformer_blocks\.\d+\.proj_out",
-    )
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
     guide = staticmethod(Family.guide)
 

@@ -5,12 +5,8 @@ import torch
 
 from diff_instruct.families.flux import Flux
 from pipeline_one_step import (
-    CONTEXT_FEED_FORWARD,
-    FEED_FORWARD,
-    JOINT_ATTENTION,
     Family,
     chats,
-    layers,
     positions,
     tokenize,
     unpack,
@@ -25,10 +21,6 @@ class OvisImage(Flux):
     unused = ()
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None
-    lora_targets = layers(
-        (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
-        r"single_transformer_blocks\.\d+\.proj_out",
-    )
     max_sequence_length = 256
     conditions = {"encoder_hidden_states": "prompt_embeds"}
     guide = staticmethod(Family.guide)

@@ -69,7 +69,7 @@ def load_bases(models, roles, reference):
         if role.base not in networks:
             make(role.base)
         if role.rank:
-            add_lora(networks[role.base], role.name, role.rank, role.alpha, models.family.lora_targets)
+            add_lora(networks[role.base], role.name, role.rank, role.alpha, models.lora_targets)
     return networks
 
 

@@ -1,5 +1,7 @@
 """LoRA by peft, in any of the networks: named adapters in one base, who of them acts, merged."""
 
+import copy
+import re
 import warnings
 from weakref import WeakKeyDictionary
 
@@ -8,11 +10,46 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.published import Stored, stored_state
 from diff_instruct.models.sharding import whole
 
 
 LAYERS = WeakKeyDictionary()  # what `lora_layers` has found, by module
+
+
+def lora_targets(words, family, network):
+    """The layers that get adapters, as peft's `target_modules`: those that `--lora_target_modules` names, by the ends
+    of their names or by one regular expression of whole names; by default the family's.
+
+    Raises:
+        Mistake: for words that name no layer.
+    """
+    if words is None:
+        return family.lora_targets
+    layers = [name for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    if len(words) == 1 and not re.fullmatch(r"[\w.]+", words[0]):
+        try:
+            found = any(re.fullmatch(words[0], name) for name in layers)
+        except re.error as error:
+            raise Mistake(f"--lora_target_modules {words[0]} is no regular expression: {error}") from None
+        missing, targets = [] if found else words, words[0]
+    else:
+        missing, targets = [w for w in words if not any(f".{name}".endswith(f".{w}") for name in layers)], tuple(words)
+    if missing:
+        raise Mistake(
+            f"--lora_target_modules {missing[0]} is the name of no layer of a {type(network).__name__}, such as "
+            f"{layers[len(layers) // 2]}"
+        )
+    return targets
+
+
+def reach(network, targets):
+    """(number of layers, share of the network's parameters) that adapters reach; the network is left as it is."""
+    network = copy.deepcopy(network)
+    total = sum(p.numel() for p in network.parameters())
+    layers = lora_layers(add_lora(network, "counted", 1, None, targets))
+    return len(layers), sum(p.numel() for layer in layers for p in layer.get_base_layer().parameters()) / total
 
 
 def add_lora(network, name, rank, alpha, targets):

@@ -1,6 +1,6 @@
 """The models of a run, before weights load: reference, generator, VAE, LoRA, and what their configs say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diff_instruct.families import find_family
 from diff_instruct.mistake import Mistake
@@ -12,6 +12,7 @@ from diff_instruct.models.configs import (
     read_networks,
     read_schedule,
 )
+from diff_instruct.models.lora import lora_targets
 from diff_instruct.models.single_file import config_of, converted, is_single_file
 from diff_instruct.models.starts import Lora, check_generator, check_lora, fixed_timesteps, words
 from pipeline_one_step import Family
@@ -30,6 +31,7 @@ class Models:
         lora ([`Lora`]): fused into the reference, or None.
         has_null: whether the reference knows ∅, so whether it can be guided.
         embedded_guidance: of networks that have guidance as an input; None is the family's.
+        lora_targets: the layers that get adapters, as peft's `target_modules`; None is the family's.
     """
 
     reference: ModelSource
@@ -42,6 +44,7 @@ class Models:
     lora: Lora | None = None
     has_null: bool = True
     embedded_guidance: float | None = None
+    lora_targets: tuple | str | None = None
 
     @property
     def denoiser(self):
@@ -130,6 +133,8 @@ def models_of(args):
     asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance
     lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
     models = read_models(reference, generator, vae, *asked, lora)
+    targets = lora_targets(args.lora_target_modules, models.family, models.networks[models.denoiser])
+    models = replace(models, lora_targets=targets)
     scales = {"cfg_scale": args.cfg_scale} | (
         {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
     )

@@ -131,7 +131,7 @@ def hollow_bases(models, roles, dtype, fake):
         network = copy.deepcopy(models.networks[models.denoiser])
         for role in on_it:
             if role.rank:
-                add_lora(network, role.name, role.rank, role.alpha, models.family.lora_targets)
+                add_lora(network, role.name, role.rank, role.alpha, models.lora_targets)
         networks[name] = hollow(network, torch.float32 if in_full else dtype, fake)
         if in_full:
             networks[name].requires_grad_(True)

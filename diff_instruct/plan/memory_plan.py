@@ -59,7 +59,7 @@ def plan(args, models, mixed_precision):
 def adapters(models, rank):
     """Number of elements of adapters of a rank in the network."""
     network = copy.deepcopy(models.networks[models.denoiser])
-    add_lora(network, "counted", rank, None, models.family.lora_targets)
+    add_lora(network, "counted", rank, None, models.lora_targets)
     return count(trained_parameters(network, "counted").values())
 
 

@@ -282,6 +282,13 @@ def add_optimization_arguments(parser):
         "--ta_lora_rank", type=natural, default=0, help="train the TA as LoRA on the reference; 0: a full copy"
     )
     g.add_argument("--ta_lora_alpha", type=positive, help="LoRA scale; default: the rank")
+    g.add_argument(
+        "--lora_target_modules",
+        type=text,
+        nargs="+",
+        help="layers that get adapters, as peft has it: ends of their names, or one regular expression of whole "
+        "names; default: the family's",
+    )
     g.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant", help="of diffusers")
     g.add_argument("--lr_warmup_steps", type=natural, default=0)
     g.add_argument("--adam_beta1", type=decay, default=0.0)

@@ -16,6 +16,7 @@ from diff_instruct.export.card import base_license
 from diff_instruct.export.export import create_repository
 from diff_instruct.files import whole
 from diff_instruct.models.actors import Actors, load_actors
+from diff_instruct.models.lora import reach
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import Models, models_of
@@ -143,6 +144,9 @@ def check(args, accelerator):
     """What is [`Known`]; mistakes show here, and the plan of memory is printed."""
     models = models_of(args)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
+    if args.lora_rank or args.ta_lora_rank:
+        layers, share = reach(models.networks[models.denoiser], models.lora_targets)
+        accelerator.print(f"LoRA reaches {layers} layers, {share:.0%} of the {models.denoiser}'s parameters.")
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         check_checkpoint(checkpoint, args, accelerator.num_processes)
