@@ -257,11 +257,11 @@ def test_generator_starts_from_a_pipeline_a_network_or_a_file(family_args, start
 
 
 def test_generator_file_on_the_hub(family_args, start_points, monkeypatch):
-    from diff_instruct.models import starts as configs
+    from diff_instruct.models import weight_files
 
     asked, (_, paths) = [], start_points
     monkeypatch.setattr(
-        configs, "hf_hub_download", lambda repo, name, **_: (asked.append((repo, name)), str(paths[2]))[1]
+        weight_files, "hf_hub_download", lambda repo, name, **_: (asked.append((repo, name)), str(paths[2]))[1]
     )
     *_, pipe = load(
         family_args(

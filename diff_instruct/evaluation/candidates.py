@@ -15,7 +15,7 @@ from diff_instruct.models.configs import ModelSource, check_resolution, empty_ne
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.reference import sample
 from diff_instruct.models.sources import read_models
-from diff_instruct.models.starts import WEIGHT_FILES
+from diff_instruct.models.weight_files import WEIGHT_FILES, check_folder, check_weights
 
 
 OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "noise": str, "variant": str}
@@ -85,7 +85,7 @@ class Contender:
     def read(self, resolution, cache_dir):
         """The `Models` of a stock pipeline, see `read_models`."""
         reference = ModelSource(self.base or self.path, variant=self.variant, cache_dir=cache_dir)
-        generator = ModelSource(self.path, cache_dir=cache_dir) if self.base else None
+        generator = ModelSource(self.path, variant=self.variant, cache_dir=cache_dir) if self.base else None
         timestep = None if self.timestep is None else [self.timestep]
         asked = {"timestep": timestep, "resolution": resolution, "input_noise": self.noise}
         return read_models(reference, generator, **asked)
@@ -111,14 +111,16 @@ def check(contender, resolution, cache_dir, trust_remote_code):
                     f"{entry} brings its own pipeline_one_step.py, which would be run: look at it on the Hub, then "
                     "add --trust_remote_code"
                 )
-            check_one_step(contender.path, index, resolution, cache_dir)
+            check_one_step(contender.path, index, resolution, cache_dir, contender.variant)
             return None
         if index["_class_name"] in FAMILIES and contender.steps is None and contender.timestep is None:
             raise Mistake(
                 f"{entry} is a {index['_class_name']}: say steps=... and guidance=..., or, if it is a one-step model, "
                 "timestep=..."
             )
-    return contender.read(resolution, cache_dir)
+    models = contender.read(resolution, cache_dir)
+    check_weights(models, "variant={}")
+    return models
 
 
 def is_one_step(index):
@@ -126,10 +128,12 @@ def is_one_step(index):
     return isinstance(index["_class_name"], list) and index["_class_name"][1] == "OneStepPipeline"
 
 
-def check_one_step(path, index, resolution, cache_dir):
+def check_one_step(path, index, resolution, cache_dir, variant=None):
     """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
     names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
     networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
+    for name in networks:
+        check_folder(ModelSource(path, variant=variant, cache_dir=cache_dir), name, "variant={}")
     if "family" in index:  # the first exports do not name it; their own code checks the size
         check_resolution(resolution, grid_of(find_family(index["family"], path), networks), path)
 

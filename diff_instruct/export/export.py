@@ -17,6 +17,7 @@ from diff_instruct.export.tensors import save_network
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
 from diff_instruct.models.sharding import whole
+from diff_instruct.models.weight_files import options
 from diff_instruct.training.record import portable
 
 
@@ -56,8 +57,9 @@ def save_part(models, pipe, name, folder):
     part = getattr(pipe, name)
     if name in models.networks and part.dtype != torch.float32:
         own_vae = name == "vae" and models.vae is not None
-        source, where = (models.vae, {}) if own_vae else (models.reference, {"subfolder": name})
-        type(part).from_pretrained(source.path, **where, **source.options).save_pretrained(folder)
+        source, where, first = (models.vae, "", "plain") if own_vae else (models.reference, name, "named")
+        part = type(part).from_pretrained(source.path, subfolder=where, **options(source, where, first))
+        part.save_pretrained(folder)
     else:
         part.save_pretrained(folder)
 

@@ -19,7 +19,7 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "SCMScheduler")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is: a Hub id or a folder; with the revision and the variant of its files on the Hub."""
+    """Where a model is: a Hub id or a folder; with the revision and the variant of its files."""
 
     path: str
     revision: str | None = None

@@ -7,8 +7,9 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import lora_layers
-from diff_instruct.models.starts import generator_weights
+from diff_instruct.models.weight_files import generator_weights, options
 from pipeline_one_step import OneStepPipeline
 
 
@@ -19,8 +20,11 @@ def load_reference(models, dtype):
         parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
     if models.vae is not None:
         cls = type(models.networks["vae"])
-        parts["vae"] = cls.from_pretrained(models.vae.path, dtype=dtype, **models.vae.options)
-    stock = models.family.stock().from_pretrained(source.path, dtype=dtype, **source.options, **parts)
+        parts["vae"] = cls.from_pretrained(models.vae.path, dtype=dtype, **options(models.vae, first="plain"))
+    try:
+        stock = models.family.stock().from_pretrained(source.path, dtype=dtype, **source.options, **parts)
+    except OSError as error:  # of the Hub, which could not be asked before
+        raise Mistake(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
     if models.lora is not None:
         fuse_lora(models.lora, stock, models.denoiser)
     for name in models.networks:
@@ -52,11 +56,11 @@ def load_network(models, reference, dtype):
     if is_copy(models):
         return copy.deepcopy(reference).to(dtype)
     if source is None:
-        where = {"subfolder": models.denoiser, **models.reference.options}
+        where = {"subfolder": models.denoiser, **options(models.reference, models.denoiser)}
         return cls.from_pretrained(models.reference.path, dtype=dtype, **where)
     kind, weights = generator_weights(source, models.denoiser)
     if kind == "folder":
-        return cls.from_pretrained(**weights, cache_dir=source.cache_dir, dtype=dtype)
+        return cls.from_pretrained(**weights, **options(source, weights.get("subfolder", ""), "plain"), dtype=dtype)
     if weights.endswith(".safetensors"):
         state = load_file(weights)
     else:

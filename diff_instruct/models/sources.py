@@ -15,6 +15,7 @@ from diff_instruct.models.configs import (
 from diff_instruct.models.lora import lora_targets
 from diff_instruct.models.single_file import config_of, converted, is_single_file
 from diff_instruct.models.starts import Lora, check_generator, check_lora, fixed_timesteps, words
+from diff_instruct.models.weight_files import check_file
 from pipeline_one_step import Family
 
 
@@ -123,13 +124,14 @@ def models_of(args):
     """
     cache_dir, path = args.cache_dir, args.pretrained_model_name_or_path
     if is_single_file(path):
+        check_file(path)
         config = config_of(path, args.single_file_config)
         path = config if args.dry_run else converted(path, config, cache_dir)
     elif args.single_file_config is not None:
         raise Mistake(f"--single_file_config is for a reference in one file, but {path} is none")
     reference = ModelSource(path, args.revision, args.variant, cache_dir)
     others = args.pretrained_generator_name_or_path, args.pretrained_vae_model_name_or_path
-    generator, vae = (path and ModelSource(path, cache_dir=cache_dir) for path in others)
+    generator, vae = (path and ModelSource(path, variant=args.variant, cache_dir=cache_dir) for path in others)
     asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance
     lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
     models = read_models(reference, generator, vae, *asked, lora)

@@ -1,21 +1,15 @@
 """What a generator starts from: weights of its own, its timesteps, LoRA of the reference; and whether they fit."""
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftType
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError, safe_open
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import read_index
-
-
-WEIGHT_FILES = (".safetensors", ".bin")
+from diff_instruct.models.weight_files import check_file, generator_weights, misfit, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -61,33 +55,6 @@ def words(timesteps):
     return " ".join(map(str, timesteps))
 
 
-def generator_weights(source, denoiser):
-    """Where the generator's weights are: ("file", path) of one file, or ("folder", arguments of `from_pretrained`).
-
-    Raises:
-        Mistake: if nothing is there.
-    """
-    path = source.path
-    if path.endswith(WEIGHT_FILES):
-        if Path(path).is_file():
-            return "file", path
-        owner, *rest = path.split("/", 2)
-        if len(rest) < 2 or owner in ("", ".", ".."):
-            raise Mistake(f"--pretrained_generator_name_or_path: there is no file {path}")
-        try:
-            return "file", hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=source.cache_dir)
-        except OSError as error:
-            raise Mistake(f"{path} can be neither found nor downloaded: {str(error).splitlines()[0]}") from None
-    if Path(path).is_dir() and (Path(path) / "config.json").is_file():
-        return "folder", {"pretrained_model_name_or_path": path}
-    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
-        raise Mistake(
-            f"--pretrained_generator_name_or_path: {path} is neither a pipeline (model_index.json), nor a network "
-            f"(config.json), nor a file that ends in {' or '.join(WEIGHT_FILES)}"
-        )
-    return "folder", {"pretrained_model_name_or_path": path, "subfolder": denoiser}
-
-
 def generator_shapes(source, denoiser, network):
     """(shapes of the generator's weights by name, its `model_index.json` or {}), without loading it.
 
@@ -124,10 +91,7 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
     shapes, index = generator_shapes(source, family.denoiser, network)
     wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
     if wrong:
-        raise Mistake(
-            f"{path} does not fit the reference's {family.denoiser}: {len(wrong)} of {len(expected)} weights are "
-            f"missing, not expected or of another shape, such as {', '.join(wrong[:3])}"
-        )
+        raise Mistake(f"{path} does not fit the reference's {family.denoiser}: {misfit(shapes, expected, wrong)}")
     trained_at, guidance = index.get("timestep"), index.get("embedded_guidance")
     if trained_at is None and family.flow:
         timestep = timestep or [family.timestep]
@@ -152,6 +116,8 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
 
 def check_lora(lora, family, network):
     """Raises Mistake if LoRA weights are not there, or not for this network alone."""
+    for file in (lora.path, *Path(lora.path).glob("*.safetensors")):
+        check_file(file)
     where, config = f"--reference_lora {lora.path}", lora.peft_config
     if config is not None and config.peft_type != PeftType.LORA:
         raise Mistake(f"{where} holds adapters of the kind {config.peft_type.value}, not LoRA")
@@ -178,19 +144,3 @@ def check_lora(lora, family, network):
     if others or not layers:
         what = min(others) if others else "it holds no LoRA weights"
         raise Mistake(f"{where} is not for the {family.denoiser} of a {family.name}: {what}")
-
-
-def weight_shapes(file):
-    """Names and shapes of the weights in a .safetensors or .bin file.
-
-    Raises:
-        Mistake: if it is damaged, or a pickle that holds more than tensors.
-    """
-    try:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as f:
-                return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-        return {k: tuple(v.shape) for k, v in torch.load(file, map_location="meta", weights_only=True).items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise Mistake(f"{file} is damaged or holds more than named tensors ({reason})") from None

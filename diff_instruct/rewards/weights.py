@@ -4,6 +4,7 @@ Only safetensors files and pickles that hold nothing but tensors (`weights_only=
 """
 
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.configs import ModelSource
+from diff_instruct.models.weight_files import check_file, check_folder
 
 
 def missing(name, what, repo, reason):
@@ -48,10 +51,18 @@ def read(file):
     Raises:
         Mistake: for a pickle with code in it, or a damaged file.
     """
-    try:
+    check_file(file)
+    with unreadable(file):
         if Path(file).suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def unreadable(file):
+    """Within: what is raised by a file that cannot be read becomes a Mistake."""
+    try:
+        yield
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise Mistake(f"{file} is damaged or holds more than tensors ({reason})") from None
@@ -80,14 +91,21 @@ def network(cls, config, state, source, **options):
     return cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
 
 
+def check_clip_folder(name, path, repo):
+    """Raises Mistake if `path` is not a folder in transformers' format."""
+    if not (Path(path) / "config.json").is_file():
+        raise Mistake(f"--reward_checkpoint {name}={path}: give the folder of a copy of {repo}, with config.json")
+
+
 def clip_network(name, path, repo, cache_dir=None):
     """A `CLIPModel` from a folder in transformers' format, or from the Hub, in float32.
 
     Raises:
         Mistake: if it is not there, is incomplete, or `path` is a file.
     """
-    if path is not None and not (Path(path) / "config.json").is_file():
-        raise Mistake(f"--reward_checkpoint {name}={path}: give the folder of a copy of {repo}, with config.json")
+    if path is not None:
+        check_clip_folder(name, path, repo)
+        check_folder(ModelSource(str(path)))
     try:
         model, report = CLIPModel.from_pretrained(
             path or repo, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True

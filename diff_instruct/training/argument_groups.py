@@ -48,7 +48,11 @@ def add_model_arguments(parser):
         "configs, tokenizers and what the file does not hold; default: the one by which diffusers knows its kind",
     )
     g.add_argument("--revision", type=text, help="revision of the reference on the Hub")
-    g.add_argument("--variant", type=text, help="variant of the reference's files, for example fp16")
+    g.add_argument(
+        "--variant",
+        type=text,
+        help="variant of the reference's files, for example fp16; of generator and VAE, where they have no plain ones",
+    )
     g.add_argument("--cache_dir", type=text, help="where downloads are kept")
     g.add_argument(
         "--timestep",

@@ -35,7 +35,7 @@ def resumes_there(args):
 def inputs_of(args):
     """All that the run reads of the user's, as pairs (argument, path or Hub id or None)."""
     names = "pretrained_model_name_or_path pretrained_generator_name_or_path pretrained_vae_model_name_or_path"
-    names += " reward_decoder train_prompts eval_prompts validation_images dataset_name"
+    names += " single_file_config reward_decoder train_prompts eval_prompts validation_images dataset_name"
     inputs = [(f"--{name}", getattr(args, name)) for name in names.split()]
     lora = args.reference_lora and Lora.parse(args.reference_lora).path
     return [*inputs, ("--reference_lora", lora), *files_of(sum(read_rewards(args), ()), args.reward_checkpoint)]

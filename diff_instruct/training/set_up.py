@@ -20,6 +20,7 @@ from diff_instruct.models.lora import reach
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import Models, models_of
+from diff_instruct.models.weight_files import check_weights
 from diff_instruct.plan.advice import advice
 from diff_instruct.plan.memory_plan import plan, table
 from diff_instruct.prompts.conditioning import Conditioning
@@ -29,6 +30,7 @@ from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.prompts.survey import load_prompts
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
+from diff_instruct.rewards.look import look_at_rewards
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint
@@ -111,6 +113,8 @@ def set_up(args):
     accelerator = make_accelerator(args)
     known = check(args, accelerator)
     if args.dry_run:
+        for unseen in look_at_rewards(args):
+            accelerator.print(unseen)
         if args.memory_gib:
             accelerator.print(advice(args, known.models, args.memory_gib))
         return None
@@ -143,6 +147,7 @@ def make_accelerator(args):
 def check(args, accelerator):
     """What is [`Known`]; mistakes show here, and the plan of memory is printed."""
     models = models_of(args)
+    check_weights(models, config_suffices=args.dry_run)
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     if args.lora_rank or args.ta_lora_rank:
         layers, share = reach(models.networks[models.denoiser], models.lora_targets)
