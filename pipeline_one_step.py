@@ -450,6 +450,7 @@ class Family:
     renormalised = None  # what the stock does to guidance that is not ∅ + α (c − ∅) and cannot be turned off
     optional = ()  # text encoders that a published pipeline may lack
     unused = ()  # parts of the stock pipeline that text-to-image does not need
+    assumed = {}  # settings in the stock's `model_index.json` that the methods below take for granted
     options = {}  # arguments with which the stock pipeline draws just what it is asked for
     unguided = {"guidance_scale": 1.0}  # its arguments for c alone
     lora_targets = (*ATTENTION, *FEED_FORWARD)  # ends of layers' names, or one pattern of whole names

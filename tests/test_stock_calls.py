@@ -49,13 +49,15 @@ def rows(arguments, n):
 
 
 def without_padding(row):
-    """A row whose tokens of the prompt that are masked are left out, so that other lengths of padding do not count."""
+    """A row whose tokens of the prompt that are masked are left out, so that other lengths of padding do not count;
+    of positions of prompt and picture in one, too."""
     masks = [k for k, v in row.items() if "mask" in k and isinstance(v, torch.Tensor) and v.ndim == 1 and len(v) > 1]
     for name in masks:
         mask, end = row[name].bool(), name.endswith("_2")  # of a second encoder
-        same = {k for k, v in row.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) == len(mask)}
-        if mask.any():
-            row = {**row, **{k: row[k][mask] for k in same if k.endswith("_2") == end}}
+        lengths = {k: len(v) for k, v in row.items() if isinstance(v, torch.Tensor) and v.ndim}
+        for k, n in lengths.items():
+            if k.endswith("_2") == end and mask.any() and (n == len(mask) or (n > len(mask) and "position" in k)):
+                row = {**row, k: row[k][torch.cat([mask, mask.new_ones(n - len(mask))])]}
     return row
 
 
@@ -135,11 +137,9 @@ def stock_at(family, t):
     return scope["stock"], {k: v for k, v in arguments.items() if k in ("timesteps", "sigmas")}
 
 
-def evaluations(family, t, prompts, size, dtype, scale):
+def evaluations(family, encode, t, prompts, size, dtype, scale):
     """(our rows for c, our rows for ∅, our guided x̂0; the stock's rows, its guided x̂0) at the timestep t."""
     name, models, stock, pipe = family
-    pipe.to(dtype=dtype)
-    encode = Conditioning(pipe.encode_prompt, "cpu")
     shape = pipe.latent_shape(*size)
     z = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(t)).to(dtype)
     own, asked = stock_at(family, t)
@@ -188,14 +188,15 @@ def nearest(row, candidates):
 def test_the_network_is_given_what_the_stock_pipeline_gives_it(family, dtype):
     name, models, _, pipe = family
     side, scale = SIDES[name], SCALE if models.has_null else 1.0
-    worst, apart = {}, 0.0
-    for t in dict.fromkeys((models.family.timestep, 20, 500, 900, pipe.schedule.last)):
-        for prompts, size in ((PROMPTS, (side, side)), (PROMPTS[:1], (side, 2 * side))):
-            cond, uncond, guided, theirs, expected = evaluations(family, t, prompts, size, dtype, scale)
-            for row in (*cond, *uncond):
-                for argument, difference in nearest(row, theirs).items():
-                    worst[argument] = max(worst.get(argument, 0.0), difference)
-            apart = max(apart, ((guided - expected).abs().max() / expected.abs().max()).item())
+    worst, apart, encode = {}, 0.0, Conditioning(pipe.to(dtype=dtype).encode_prompt, "cpu")
+    times = dict.fromkeys((models.family.timestep, 20, 500, 900, pipe.schedule.last))
+    cases = [(t, PROMPTS, (side, side)) for t in times] + [(500, PROMPTS[:1], (side, 2 * side))]
+    for t, prompts, size in cases:
+        cond, uncond, guided, theirs, expected = evaluations(family, encode, t, prompts, size, dtype, scale)
+        for row in (*cond, *uncond):
+            for argument, difference in nearest(row, theirs).items():
+                worst[argument] = max(worst.get(argument, 0.0), difference)
+        apart = max(apart, ((guided - expected).abs().max() / expected.abs().max()).item())
     print(name, dtype, "guided", f"{apart:.1e}", {k: f"{v:.1e}" for k, v in worst.items() if v > 0})
     assert max(worst.values()) <= (1e-6 if dtype == torch.float32 else 1e-2), worst
     if models.family.renormalised and scale != 1:

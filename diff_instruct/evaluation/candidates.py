@@ -11,7 +11,14 @@ from filelock import FileLock
 
 from diff_instruct.families import FAMILIES, find_family
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.configs import ModelSource, check_resolution, empty_network, grid_of, read_index
+from diff_instruct.models.configs import (
+    ModelSource,
+    check_resolution,
+    empty_network,
+    grid_of,
+    read_index,
+    text_encoders,
+)
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.reference import sample
 from diff_instruct.models.sources import read_models
@@ -130,7 +137,7 @@ def is_one_step(index):
 
 def check_one_step(path, index, resolution, cache_dir, variant=None):
     """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
-    names = [k for k in index if k in ("transformer", "unet", "vae") or k.startswith("text_encoder")]
+    names = [*(k for k in index if k in ("transformer", "unet", "vae")), *text_encoders(index)]
     networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
     for name in networks:
         check_folder(ModelSource(path, variant=variant, cache_dir=cache_dir), name, "variant={}")

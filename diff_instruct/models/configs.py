@@ -105,14 +105,19 @@ def read_schedule(source, family):
     return schedule.first, schedule.last
 
 
+def text_encoders(index):
+    """Names of the text encoders in a `model_index.json`; a setting may begin with the same word (Krea 2's does)."""
+    return sorted(k for k, v in index.items() if k.startswith("text_encoder") and isinstance(v[0], str | None))
+
+
 def read_networks(source, family, index, vae=None):
     """The networks of a pipeline, name to network, on the meta device.
 
     Raises:
         Mistake: if one is missing, or the VAE of another source has other latents.
     """
-    encoders = [k for k in index if k.startswith("text_encoder") and (index[k][0] or k not in family.optional)]
-    names = [family.denoiser, "vae", *sorted(encoders)]
+    encoders = [k for k in text_encoders(index) if index[k][0] or k not in family.optional]
+    names = [family.denoiser, "vae", *encoders]
     if "text_encoder" not in names or any(index.get(name, [None])[0] is None for name in names):
         missing = [n for n in (*names, "text_encoder", "text_encoder_2") if index.get(n, [None])[0] is None]
         raise Mistake(f"{source.path} has no {missing[0]}: its model_index.json must name one")

@@ -91,6 +91,9 @@ def read_models(
     if reason is not None:
         raise Mistake(f"{path}: its {family.denoiser} {reason}")
     check_resolution(resolution, grid_of(family, networks), path)
+    for key, value in family.assumed.items():
+        if index.get(key, value) != value:
+            raise Mistake(f"{path} has {key} {index[key]}; of a {family.name}, only {value} is supported")
 
     trained_at, own_noise, own_guidance = [family.timestep], None, None
     if generator is not None:

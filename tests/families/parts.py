@@ -1,7 +1,13 @@
 """Parts of tiny pipelines: text encoders, VAEs, schedulers of the real classes with random weights."""
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    SanaTransformer2DModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Gemma2Config,
@@ -12,6 +18,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
     T5Config,
     T5EncoderModel,
 )
@@ -86,6 +93,25 @@ def tiny_qwen2_5_vl(layers=2):
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return tokenizer, randomised(Qwen2_5_VLForConditionalGeneration(config), 0.2)
+
+
+def tiny_qwen3_vl(cls, layers=2, std=0.2):
+    tokenizer = tiny_qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer) + 4, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return tokenizer, randomised(cls(config), std)
+
+
+def qwen_vae():
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.8, 1.1],
+    ).eval()  # fmt: skip
 
 
 def shifted(shift=3.0, **options):
