@@ -4,41 +4,38 @@ import json
 
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    LCMScheduler,
-    PixArtAlphaPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
+from diff_instruct.families import FAMILIES
 from diff_instruct.models.lora import trained_parameters
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import Schedule
+from tests.families import FAMILY, save
 from tests.runs import load, watch_actors, watch_export
-from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
+from tests.tiny import PROMPTS, tiny_sd
 
 
-STOCK = {
-    "pixart": PixArtAlphaPipeline,
-    "sd": StableDiffusionPipeline,
-    "sd2": StableDiffusionPipeline,
-    "sdxl": StableDiffusionXLPipeline,
+NAMES = {
+    "pixart": "PixArtAlphaPipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
+    "sd": "StableDiffusionPipeline",
+    "sd2": "sd2",
+    "sdxl": "StableDiffusionXLPipeline",
 }
-PREPARE = {"pixart": tiny_pixart, "sd": tiny_sd, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
-T_STAR = {"pixart": 400, "sd": 625, "sd2": 625, "sdxl": 399}
+STOCK = {key: FAMILY[name] for key, name in NAMES.items()}
+T_STAR = {"pixart": 400, "pixart_sigma": 400, "sd": 625, "sd2": 625, "sdxl": 399}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Family to the folder of its tiny pipeline."""
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in PREPARE.items()}
+    return {key: save(name, tmp_path_factory.mktemp(key)) for key, name in NAMES.items()}
 
 
 @pytest.fixture
@@ -49,10 +46,8 @@ def family_args(tiny_args, models):
 
 def one_step(stock, timestep, **call):
     """The stock pipeline of the family with one step at t*."""
-    if isinstance(stock, PixArtAlphaPipeline):
-        call.update(guidance_scale=1.0, use_resolution_binning=False, clean_caption=False)
-    else:
-        call.update(guidance_scale=0.0)
+    family = FAMILIES[type(stock).__name__]
+    call.update({**family.unguided, **family.options})
     stock.set_progress_bar_config(disable=True)
     return stock(num_inference_steps=1, timesteps=[timestep], height=16, width=16, output_type="pt", **call).images
 
@@ -101,15 +96,16 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     ):
         torch.testing.assert_close(images, seen["trained"], atol=1e-5, rtol=0)
 
-    reference = STOCK[family].from_pretrained(args.pretrained_model_name_or_path)
-    if family != "pixart":
+    reference = STOCK[family].stock().from_pretrained(args.pretrained_model_name_or_path)
+    loads_lora = STOCK[family].has_lora_files()
+    if loads_lora:
         reference.scheduler = LCMScheduler.from_config(shipped.scheduler.config)
         untrained = one_step(reference, T_STAR[family], prompt=prompts, latents=z)
         assert (untrained - seen["trained"]).abs().max() > 1e-3
     lora_file = out / "pytorch_lora_weights.safetensors"
-    assert lora_file.is_file() == (lora > 0 and family != "pixart")
+    assert lora_file.is_file() == (lora > 0 and loads_lora)
     told = "loads no LoRA files" in (out / "README.md").read_text()
-    assert told == (lora > 0 and family == "pixart")
+    assert told == (lora > 0 and not loads_lora)
     if lora_file.is_file():
         reference.load_lora_weights(out)
         images = one_step(reference, T_STAR[family], prompt=prompts, latents=z)
@@ -120,7 +116,7 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     "family, lora, ta_lora",
     [
         pytest.param(
-            family, *ranks, marks=pytest.mark.slow if family in ("sd2", "sdxl") and 0 < sum(ranks) < 4 else ()
+            family, *ranks, marks=pytest.mark.slow if family not in ("pixart", "sd") and 0 < sum(ranks) < 4 else ()
         )
         for family in STOCK
         for ranks in ((0, 0), (0, 2), (2, 0), (2, 2))
@@ -163,9 +159,9 @@ def test_learned_sigma_of_the_ta_is_left_alone(family_args, family):
     _, models, stock, pipe = load(family_args(family))
     ta = getattr(stock, models.denoiser).requires_grad_(True)
     pipe.denoise(ta, noise(2), torch.tensor([100, 700]), pipe.encode_prompt(PROMPTS[:2])).square().sum().backward()
-    last = ta.proj_out if family == "pixart" else ta.conv_out
+    last = ta.proj_out if models.denoiser == "transformer" else ta.conv_out
     rows = last.weight.grad.abs().flatten(1).sum(dim=1)
-    if family == "pixart":  # (patch, patch, channels)
+    if models.denoiser == "transformer":  # (patch, patch, channels)
         rows = rows.view(4, 8)
         assert (rows[:, 4:] == 0).all()
         rows = rows[:, :4]
@@ -197,10 +193,10 @@ def test_guided_reference_is_that_of_the_stock_pipeline(family_args, family):
     )[1]
     stock.scheduler.scale_model_input = lambda x, t: x  # SDXL's Euler sampler works in other units
     stock.set_progress_bar_config(disable=True)
-    options = {"use_resolution_binning": False, "clean_caption": False} if family == "pixart" else {}
+    options = models.family.options
     stock("blue cat", latents=z, num_inference_steps=2, guidance_scale=scale, height=16, width=16, **options)
     guided, t = seen[0]
-    scale_z = stock.scheduler.init_noise_sigma if family == "sdxl" else 1.0
+    scale_z = stock.scheduler.init_noise_sigma
     t = torch.tensor([int(t)])
     with torch.no_grad():
         c, null = (
