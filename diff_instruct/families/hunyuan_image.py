@@ -12,6 +12,7 @@ from pipeline_one_step import (
     Family,
     Grid,
     device_of,
+    layers,
     tokenize,
 )
 
@@ -22,7 +23,10 @@ class HunyuanImage(Family):
 
     name = "HunyuanImagePipeline"
     unguided = {}  # without a guider
-    lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp")
+    lora_targets = layers(
+        (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
+        r"single_transformer_blocks\.\d+\.proj_out",
+    )
     max_sequence_length = 1000
     conditions = {
         "encoder_hidden_states": "prompt_embeds",
