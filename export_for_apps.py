@@ -99,7 +99,14 @@ def write(pipe, path, folder, name, kinds, prompt):
         with whole_folder(folder / f"{name}_diffusers") as aside:
             stock_pipeline(pipe).save_pretrained(aside)
         written.append(f"{name}_diffusers")
-    page = f"# Where {name} runs\n\nWritten: {', '.join(written)}.\n\n{where_it_runs(pipe, name, prompt)}\n"
+    notes = ""
+    if pipe.config.family == "StableDiffusionXLPipeline" and pipe.vae.config.force_upcast and "single_file" in kinds:
+        notes = (
+            f"\n\nThe VAE in {name}.safetensors is in float16, in which this one may overflow: the picture is then "
+            "black. ComfyUI decodes in bfloat16 or float32 by itself; in Forge and A1111 give `--no-half-vae`; "
+            "for stable-diffusion.cpp, `--vae` with a VAE made for float16, such as madebyollin/sdxl-vae-fp16-fix."
+        )
+    page = f"# Where {name} runs\n\nWritten: {', '.join(written)}.\n\n{where_it_runs(pipe, name, prompt)}{notes}\n"
     write_text(folder / f"{name}_apps.md", page)
     return [*written, f"{name}_apps.md"]
 

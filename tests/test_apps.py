@@ -123,6 +123,15 @@ def test_from_single_file_draws_the_export_s_picture(one_step, tmp_path, family)
     assert exported.std() > 0.03
 
 
+@pytest.mark.parametrize("family, upcast, told", [("sdxl", True, True), ("sdxl", False, False), ("sd", True, False)])
+def test_a_vae_that_may_overflow_in_float16_is_told(one_step, tmp_path, family, upcast, told):
+    """SDXL's own draws black pictures in float16; one that was made for it says so in its config."""
+    pipe = one_step(family)
+    pipe.vae.register_to_config(force_upcast=upcast)
+    page = (export(pipe, tmp_path, "--write", "single_file") / "apples_1step_apps.md").read_text()
+    assert ("the picture is then black" in page) == told
+
+
 def test_open_clip_layout_of_stable_diffusion_2(one_step, tmp_path):
     """A UNet as wide as Stable Diffusion 2's makes the text encoder be written as OpenCLIP's."""
     pipe = one_step("sd")

@@ -226,3 +226,11 @@ def test_layers_that_get_adapters(tiny_args, tiny_model):
 
 def test_there_are_recipes_for_all_families():
     assert len(recipes()) >= 5
+
+
+def test_a_latent_consistency_model_is_no_reference(tiny_args, tmp_path):
+    """Its guidance is an input that nothing here would give: refused, not run without."""
+    tiny_sd(tmp_path / "lcm")
+    edit("unet/config.json", time_cond_proj_dim=16)(tmp_path / "lcm")
+    with pytest.raises(Mistake, match="is a latent consistency model"):
+        main(parse_args([*tiny_args, "--pretrained_model_name_or_path", str(tmp_path / "lcm"), "--dry_run"]))

@@ -13,7 +13,7 @@ from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.files import PromptSource, open_prompts, prompt_sources, usable
 from diff_instruct.prompts.rows import BLANK_LINES, Skipped
 from diff_instruct.prompts.stream import PromptStream
-from diff_instruct.prompts.survey import load_prompts
+from diff_instruct.prompts.survey import load_prompts, prompts_to_draw
 from diff_instruct.training.arguments import parse_args
 from tests.tiny import PROMPTS
 
@@ -239,3 +239,22 @@ def test_prompts_to_judge_with_may_be_named(tmp_path, capsys):
     line = capsys.readouterr().out
     assert "a.txt: 5 rows read, 5 used, 3 of them to judge with and not to train on, 0 left out" in line
     assert "b.txt: 4 rows read, 4 used, 0 left out; no prompts: 1 blank lines (first b.txt:2)" in line
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_prompts_to_draw_may_be_a_file(tmp_path, name):
+    """Whose first prompts are drawn; what only ends as a file does is a prompt."""
+    lines = [json.dumps({"prompt": text}) if name.endswith("l") else text for text in ("fire", "blue cat", "moon")]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    def drawn(*words, number=2):
+        given = ["--validation_prompts", *map(str, words), "--num_validation_prompts", str(number)]
+        common = ["--train_prompts", __file__, "--reward", "pocket", "--output_dir", str(tmp_path / "out")]
+        return prompts_to_draw(parse_args([*common, "--pretrained_model_name_or_path", "a/b", *given]), ["judged"])
+
+    assert drawn(tmp_path / name) == ["fire", "blue cat"]
+    assert drawn("fire", "a sign that says README.txt") == ["fire", "a sign that says README.txt"]
+    with pytest.raises(Mistake, match="give prompts or one file of them, not .*mine.* among others"):
+        drawn("fire", tmp_path / name)
+    with pytest.raises(Mistake, match="nowhere.txt"):
+        drawn(tmp_path / "nowhere.txt")

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +14,15 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.training import interrupts
 from diff_instruct.training.checkpoints import list_checkpoints, put_in_place
+from diff_instruct.training.endings import Ending
 from tests.processes import Run
 from tests.runs import QUICK, checkpoints, history, run, same, weights
 from tests.tiny import PROMPTS
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +182,39 @@ def wait_for_rows(folder, number, runs):
             return
         time.sleep(0.01)
     raise AssertionError(runs.log.read_text()[-3000:])
+
+
+def test_a_run_whose_launcher_is_gone_ends_with_a_checkpoint(quick_args, tmp_path, monkeypatch):
+    """As by a SIGTERM of its own: accelerate's launcher of one process dies of it without passing it on."""
+    monkeypatch.setattr(interrupts, "LAUNCHER", os.getppid() + 1)
+    with pytest.raises(Ending, match="SIGTERM after step 1; .*checkpoint-1 is written") as error:
+        run([*quick_args, "--checkpointing_steps", 0])
+    assert error.value.code == 143 and checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    monkeypatch.setattr(interrupts, "LAUNCHER", os.getppid())
+    run([*quick_args, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"])
+
+
+@pytest.mark.slow
+def test_sigterm_to_accelerate_launch(quick_args, tmp_path):
+    """Of one process: the launcher ends with 143 at once, the run after its step, with a checkpoint."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += [str(ROOT / "train_diff_instruct_pp.py"), *quick_args, "--max_train_steps", 4000]
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            [str(word) for word in [*command, "--checkpointing_steps", 0]],
+            stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        end = time.monotonic() + 300
+        while not (out / "history.jsonl").exists() or len((out / "history.jsonl").read_text().splitlines()) < 4:
+            assert launcher.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        launcher.terminate()
+        assert launcher.wait(60) == -signal.SIGTERM  # which a shell shows as 143
+    while "stopped: SIGTERM after step" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.05)
+    assert len(list_checkpoints(out)) == 1
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])

@@ -111,6 +111,11 @@ def read_models(
     at = timesteps if len(timesteps) > 1 else timesteps[0]
     if embedded_guidance is not None and not network.config.get("guidance_embeds"):
         raise Mistake(f"--embedded_guidance: the {family.denoiser} of {path} does not take guidance as an input")
+    if network.config.get("time_cond_proj_dim") is not None:
+        raise Mistake(
+            f"{path} is a latent consistency model, whose guidance is an input of its {family.denoiser} "
+            "(time_cond_proj_dim): as a reference take the model that it was distilled from"
+        )
     if lora is not None:
         check_lora(lora, family, network)
     guidance = own_guidance if embedded_guidance is None else embedded_guidance

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.files import (
+    PromptSource,
     category_of,
     first_line,
     nothing_usable,
@@ -18,7 +19,7 @@ from diff_instruct.prompts.files import (
     rows_of_files,
     usable,
 )
-from diff_instruct.prompts.readers import BROKEN
+from diff_instruct.prompts.readers import BROKEN, READERS, format_of
 from diff_instruct.prompts.rows import MOST_FAULTS, NO_ROWS, Skipped, captions, problem, same, some
 from diff_instruct.prompts.stream import ENOUGH
 
@@ -210,6 +211,33 @@ def load_prompts(train, judge, num_eval_prompts, tell=print):
     count.check(train.allow_bad_rows)
     tell("; ".join([f"Prompts: {count}", *told]))
     return Prompts(dataset.filter(lambda row: not is_judged(row, judged)), prompts, count)
+
+
+def prompts_to_draw(args, eval_prompts):
+    """Those of `--validation_prompts`, or the first in the file that it names; else the first that are judged.
+
+    Raises:
+        Mistake: as `read_all`; for a file beside other words.
+    """
+    named, number = args.validation_prompts, args.num_validation_prompts
+    if named is None:
+        return eval_prompts[:number]
+    files = [word for word in named if format_of(word) in READERS and " " not in word]
+    if not files:
+        return named
+    if len(named) > 1:
+        raise Mistake(f"--validation_prompts: give prompts or one file of them, not {files[0]} among others")
+    own = args.eval_caption_column
+    found, _ = read_all(
+        PromptSource(
+            files[0],
+            caption_column=own or args.caption_column,
+            if_several=own is None,
+            option="--eval_caption_column",
+            allow_bad_rows=args.allow_bad_rows,
+        )
+    )
+    return [text for text, _ in found[:number]]
 
 
 def in_words(read):

@@ -134,7 +134,10 @@ def add_prompt_arguments(parser):
     g.add_argument("--num_eval_prompts", type=positive_int, default=64, help="how many prompts are judged, at most")
     g.add_argument("--num_eval_images", type=whole(2), default=4, help="images (seeds) for each of them; at least 2")
     g.add_argument(
-        "--validation_prompts", type=text, nargs="+", help="prompts to draw; default: the first few eval prompts"
+        "--validation_prompts",
+        type=text,
+        nargs="+",
+        help="prompts to draw, or one file, whose first are drawn; default: the first few eval prompts",
     )
     g.add_argument(
         "--validation_images", type=text,

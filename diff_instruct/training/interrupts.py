@@ -1,5 +1,6 @@
 """Ends a run between two steps: on SIGINT (Ctrl-C), on SIGTERM, or when the prompts cannot be read any further."""
 
+import os
 import signal
 
 import torch
@@ -9,13 +10,16 @@ from diff_instruct.training.endings import GO_ON_LATER, Ending
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Of one process accelerate's launcher passes no signal on: a SIGTERM ends it alone, and this is how that is noticed.
+LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
 
 class Interrupts:
     """Reasons to end after the step that is being taken, the same for all processes.
 
     A signal sets a flag that the loop asks for after each step; further ones change nothing (a launcher passes on what
-    the terminal has sent to all), so what ends at once is SIGQUIT (Ctrl-\\) or SIGKILL.
+    the terminal has sent to all), so what ends at once is SIGQUIT (Ctrl-\\) or SIGKILL. If the launcher is gone, that
+    counts as a SIGTERM.
     """
 
     def __init__(self, accelerator):
@@ -39,6 +43,8 @@ class Interrupts:
 
     def agreed(self):
         """The [`Ending`] that any process has a reason for, on all of them after the same step; else None."""
+        if LAUNCHER not in (None, os.getppid()):
+            self.seen.add(signal.SIGTERM)
         mine = [*(number in self.seen for number in SIGNALS), self.broken is not None]
         if self.accelerator.num_processes > 1:
             mine = self.accelerator.reduce(torch.tensor(mine, dtype=torch.int32, device=self.accelerator.device))

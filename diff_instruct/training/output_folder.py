@@ -37,6 +37,7 @@ def inputs_of(args):
     names = "pretrained_model_name_or_path pretrained_generator_name_or_path pretrained_vae_model_name_or_path"
     names += " single_file_config reward_decoder train_prompts eval_prompts validation_images dataset_name"
     inputs = [(f"--{name}", getattr(args, name)) for name in names.split()]
+    inputs += [("--validation_prompts", word) for word in args.validation_prompts or []]
     lora = args.reference_lora and Lora.parse(args.reference_lora).path
     return [*inputs, ("--reference_lora", lora), *files_of(sum(read_rewards(args), ()), args.reward_checkpoint)]
 

@@ -27,7 +27,7 @@ from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
-from diff_instruct.prompts.survey import load_prompts
+from diff_instruct.prompts.survey import load_prompts, prompts_to_draw
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
 from diff_instruct.rewards.look import look_at_rewards
@@ -157,7 +157,7 @@ def check(args, accelerator):
         check_checkpoint(checkpoint, args, accelerator.num_processes)
     train, judged = prompt_sources(args)
     train_prompts, eval_prompts, count = load_prompts(train, judged, args.num_eval_prompts, accelerator.print)
-    validation_prompts = args.validation_prompts or eval_prompts[: args.num_validation_prompts]
+    validation_prompts = prompts_to_draw(args, eval_prompts)
     real = real_pictures(args.validation_images, validation_prompts)
     return Known(models, checkpoint or None, train_prompts, eval_prompts, validation_prompts, count, real)
 
