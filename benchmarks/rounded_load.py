@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 
 from diff_instruct.export.tensors import save_network
 from diff_instruct.families import FAMILIES
-from diff_instruct.models.published import Published, load_rounded, weight_files
+from diff_instruct.models.published import Published, load_rounded, shards
 from diff_instruct.models.rounding import rounding, stored_bytes
 from diff_instruct.models.sources import ModelSource
 
@@ -63,7 +63,7 @@ def load(name, kind, folder):
     """Load, and print what it took."""
     family, network = empty(name)
     plan, sizes = rounding(family, network, kind), [p.numel() for p in network.parameters()]
-    published = Published(weight_files(ModelSource(str(folder)), ""))
+    published = Published(shards(ModelSource(str(folder)), ""))
     if kind == "nf4":
         import bitsandbytes  # noqa: F401, what the library itself takes does not count
     before, start = highest(), time.process_time()

@@ -28,6 +28,7 @@ from tests.families import BUILD, FAMILY
 from tests.runs import run
 
 
+BF16 = ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"]
 TARGETS = FAMILIES["PixArtAlphaPipeline"].lora_targets
 
 
@@ -85,7 +86,8 @@ def test_a_tensor_of_another_shape_is_not_written(adapted, tmp_path):
     "options",
     [
         ["--cfg_interval", 0, 0.5],
-        ["--lora_rank", 2, "--ta_lora_rank", 2, "--gradient_checkpointing", "--mixed_precision", "bf16"],
+        BF16,
+        [*BF16, "--base_quantization", "nf4"],
     ],
 )
 def test_predicted_activations_are_those_of_real_tensors(tiny_args, options):

@@ -36,6 +36,7 @@ NOT_RUN = {  # how a command starts: why it is not run here
     "python tests/parity/": "needs a package index or the Hub; python -m pytest -m oracle runs it",
     "OMP_NUM_THREADS=1 python benchmarks/reward_cost.py": "takes minutes and 8 GB",
     "OMP_NUM_THREADS=1 python benchmarks/role_switch.py": "builds the real number of layers: half a minute",
+    "OMP_NUM_THREADS=1 python benchmarks/rounded_load.py": "writes gigabytes of random weights",
     "OMP_NUM_THREADS=1 python benchmarks/step_cost.py": "takes minutes",
     "python experiments/": "take minutes to hours; tests/test_experiments.py tests them",
     "accelerate launch train_diff_instruct_pp.py --dry_run --memory_gib": "a full-size model",

@@ -22,7 +22,7 @@ from diff_instruct.models.published import (
     is_published_rounded,
     load_rounded,
     plan_of,
-    weight_files,
+    shards,
 )
 from diff_instruct.models.rounding import (
     ENCODE,
@@ -86,7 +86,7 @@ def test_nf4_in_groups_of_rows_is_that_of_bitsandbytes(monkeypatch):
 def saved_network(network, folder):
     """(folder, [`Published`]) of a network."""
     network.save_pretrained(folder, max_shard_size="40KB")
-    return Published(weight_files(ModelSource(str(folder)), ""))
+    return Published(shards(ModelSource(str(folder)), ""))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -135,7 +135,7 @@ def base(tiny_model):
     """(published weights, a rounded base with adapters that do something)."""
     source = ModelSource(tiny_model)
     network = PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
-    published = Published(weight_files(source, "transformer"))
+    published = Published(shards(source, "transformer"))
     rounded = load_rounded(network, rounding(PIXART, network, "nf4"), published, torch.float32)
     for name in ("ta", "generator"):
         add_lora(rounded, name, 2, 4, PIXART.lora_targets)
@@ -178,7 +178,7 @@ def test_a_base_published_in_nf4_is_taken_as_it_is(tiny_model, tmp_path):
         state[f"{name}.weight"] = codes
         state |= {f"{name}.weight.{k}": v for k, v in how.as_dict(packed=True).items()}
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    published = Published(weight_files(ModelSource(str(tmp_path)), ""))
+    published = Published(shards(ModelSource(str(tmp_path)), ""))
     plan = plan_of(published, network)
     assert set(plan.values()) == {"nf4"} and plan.keys() == rounding(PIXART, network, "int8").keys()
     taken = load_rounded(network, plan, published, torch.float32)
@@ -208,10 +208,10 @@ def test_the_digest_tells_other_weights(tiny_model, tmp_path):
 def test_files_that_lack_a_weight_or_are_none(tiny_model, tmp_path):
     network = PixArtTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
     with pytest.raises(Mistake, match="has none"):
-        weight_files(ModelSource(str(tmp_path)), "transformer")
+        shards(ModelSource(str(tmp_path)), "transformer")
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(Mistake, match="have no adaln_single"):
-        load_rounded(network, {}, Published(weight_files(ModelSource(str(tmp_path)), "")), torch.float32)
+        load_rounded(network, {}, Published(shards(ModelSource(str(tmp_path)), "")), torch.float32)
 
 
 def test_stored_bytes_are_those_of_the_tensors():

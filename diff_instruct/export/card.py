@@ -83,6 +83,21 @@ def label(figure, summary):
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"
 
 
+def rounded_words(args, summary):
+    """How what was judged, on a rounded base, differs from what is shipped; empty where it is the same."""
+    difference = summary.get("rounded_base")
+    if difference is None:
+        return ""
+    figures = {k: v for k, v in difference.items() if isinstance(v, dict)}
+    words = [f"{label(k, summary)} {v['judged']:.3f} and {v['shipped']:.3f}" for k, v in figures.items()]
+    base = "" if args.base_quantization == "none" else f" in {args.base_quantization}"
+    return (
+        f"Trained and judged was a LoRA on a base{base}; what is shipped is the same LoRA merged into the published "
+        f"weights. On the first {difference['n_prompts']} of these prompts, judged and shipped: {', '.join(words)}; "
+        f"pictures differ by {difference['pixels']:.4f} of the range of a pixel."
+    )
+
+
 def card_data(args, pipe, prompts, license, lora):
     """What the Hub reads of a card.
 
@@ -163,6 +178,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         reward_scale=summary["reward_scale"],
         cfg_scale=args.cfg_scale,
         table=figures_table(summary),
+        rounded=rounded_words(args, summary),
         intervals=INTERVALS,
         prompts_read=in_words(summary["prompt_rows"]),
         license=license.get("license_name") or license.get("license"),

@@ -45,11 +45,14 @@ def compile_blocks(network):
             module.compile()
 
 
-def load_bases(models, roles, reference):
+def load_bases(models, roles, reference, *rounded):
     """The network under each base, by name, with the adapters of the roles that stand on it.
 
     It begins with the reference, the last of the roles, and what is copied from it in memory, before the first adapter
     is put into it. (Reading files and drawing adapters both take random numbers: their order is a part of the seed.)
+
+    Args:
+        rounded: further arguments of `load_network`.
     """
     networks = {"ref": reference}
 
@@ -57,7 +60,7 @@ def load_bases(models, roles, reference):
         _, in_full = on_base(roles, name)
         dtype = torch.float32 if in_full else reference.dtype
         if name == "generator":
-            network = load_network(models, reference, dtype)
+            network = load_network(models, reference, dtype, *rounded)
         else:  # starts as the reference
             network = copy.deepcopy(reference).to(dtype)
         networks[name] = network.requires_grad_(in_full)
@@ -81,8 +84,9 @@ def load_actors(models, roles, device, dtype, autocast, args):
         roles: a tuple of [`Role`].
         autocast: the context in which networks run.
     """
-    stock = load_reference(models, dtype)
-    networks = load_bases(models, roles, getattr(stock, models.denoiser))
+    rounded = args.base_quantization, device
+    stock = load_reference(models, dtype, *rounded)
+    networks = load_bases(models, roles, getattr(stock, models.denoiser), *rounded)
     network_of = {role.name: networks[role.base] for role in roles}
     pipe = one_step_pipeline(models, stock, network_of["generator"])
     for network in networks.values():

@@ -9,13 +9,17 @@ from safetensors.torch import load_file
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import lora_layers
+from diff_instruct.models.published import Published, load_rounded, plan_of, rounding_of, shards
 from diff_instruct.models.weight_files import generator_weights, options
 from pipeline_one_step import OneStepPipeline
 
 
-def load_reference(models, dtype):
-    """The stock pipeline of the reference, frozen, its networks in `dtype`, with its LoRA fused."""
+def load_reference(models, dtype, base_quantization="none", device="cpu"):
+    """The stock pipeline of the reference, frozen, its networks in `dtype`, with its LoRA fused. The network that
+    denoises may be rounded as it loads; then it is on the device."""
     source, parts = models.reference, dict.fromkeys(models.family.unused)
+    if rounding_of(models, base_quantization):
+        parts[models.denoiser] = load_base(models, source, dtype, base_quantization, device)
     for name in set(models.family.optional) - models.networks.keys():  # the published pipeline lacks it
         parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
     if models.vae is not None:
@@ -30,6 +34,19 @@ def load_reference(models, dtype):
     for name in models.networks:
         getattr(stock, name).requires_grad_(False).eval()
     return stock
+
+
+def load_base(models, source, dtype, base_quantization, device):
+    """The reference's network, or that of the generator's source, rounded tensor by tensor as it loads; what is
+    published rounded is taken as it is."""
+    network = models.networks[models.denoiser]
+    if source is models.reference:
+        published = Published(shards(source, models.denoiser))
+    else:
+        kind, weights = generator_weights(source, models.denoiser)
+        published = Published([weights] if kind == "file" else shards(source, weights.get("subfolder", ""), "plain"))
+    plan = plan_of(published, network) or rounding_of(models, base_quantization)
+    return load_rounded(network, plan, published, dtype, device)
 
 
 def fuse_lora(lora, stock, denoiser):
@@ -50,9 +67,12 @@ def is_copy(models):
     return models.generator is None and models.lora is not None
 
 
-def load_network(models, reference, dtype):
-    """The network that the generator starts as: the reference's, or that of the generator's source."""
+def load_network(models, reference, dtype, base_quantization="none", device="cpu"):
+    """The network that the generator starts as: the reference's, or that of the generator's source, rounded if the
+    reference is."""
     cls, source = type(reference), models.generator
+    if rounding_of(models, base_quantization):
+        return load_base(models, source, dtype, base_quantization, device)
     if is_copy(models):
         return copy.deepcopy(reference).to(dtype)
     if source is None:

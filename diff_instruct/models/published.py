@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.rounding import DECODE, ENCODE, PARTS, Rounded, nf4_parts, round_empty
+from diff_instruct.models.rounding import DECODE, ENCODE, PARTS, Rounded, nf4_parts, round_empty, rounding
+from diff_instruct.models.sharding import is_chosen
+from diff_instruct.models.weight_files import options
 
 
 STATE = "quant_state.bitsandbytes__nf4"  # beside the codes of a weight that bitsandbytes rounded
@@ -31,17 +34,21 @@ def find(source, folder, name):
         return None
 
 
-def weight_files(source, folder):
-    """The safetensors files of a network, one or several shards.
+def shards(source, folder, first="named"):
+    """The safetensors files of a network, one or several.
+
+    Args:
+        first: see `weight_files.options`.
 
     Raises:
         Mistake: if there are none.
     """
-    variant = f".{source.variant}" if source.variant else ""
+    variant = options(source, folder, first)["variant"]
+    variant = f".{variant}" if variant else ""
     index = find(source, folder, SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{variant}.json"))
     if index is not None:
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        return [find(source, folder, shard) for shard in shards]
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [find(source, folder, name) for name in names]
     file = find(source, folder, SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f"{variant}.safetensors"))
     if file is None:
         raise Mistake(f"--base_quantization reads safetensors, but {source.path} has none in {folder or 'it'}")
@@ -107,8 +114,54 @@ def is_published_rounded(config):
     raise Mistake(f"its weights are published rounded ({method}); of such models only bitsandbytes' nf4 is taken")
 
 
+def rounding_of(models, asked):
+    """What each layer of the reference's network is rounded to, see `rounding`; or is published as, by its config.
+
+    Args:
+        models ([`Models`]).
+        asked (`str`): of `--base_quantization`.
+
+    Raises:
+        Mistake: if it is published rounded in another way than nf4, or than is asked for.
+    """
+    network = models.networks[models.denoiser]
+    try:
+        published = is_published_rounded(network.config)
+    except Mistake as error:
+        raise Mistake(f"{models.reference.path}: {error}") from None
+    if not published:
+        return rounding(models.family, network, asked)
+    if asked == "int8":
+        raise Mistake(f"--base_quantization int8: {models.reference.path} is published in nf4, and is taken as it is")
+    skipped = network.config["quantization_config"].get("llm_int8_skip_modules") or ()
+    linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name: "nf4" for name in linear if not any(word in name.split(".") or word == name for word in skipped)}
+
+
+def check_rounding(args, models, roles):
+    """Raises Mistake, in one line, for a rounded base that a role, the reference or the engine cannot have."""
+    plan, asked = rounding_of(models, args.base_quantization), args.base_quantization
+    if not plan and asked == "none":
+        return
+    what = f"--base_quantization {asked}" if asked != "none" else f"{models.reference.path}, published in nf4,"
+    full = [role.title for role in roles if role.in_full]
+    if full:
+        raise Mistake(
+            f"{what} needs all that is trained as LoRA on it, but the {' and the '.join(full)} would be trained in "
+            "full: give --lora_rank and --ta_lora_rank, for example 64"
+        )
+    if "nf4" in plan.values() and find_spec("bitsandbytes") is None:
+        raise Mistake(f"{what} needs bitsandbytes: pip install bitsandbytes")
+    if models.lora is not None:
+        raise Mistake(f"{what} is taken from the files: no --reference_lora can be fused into it")
+    if is_chosen():
+        raise Mistake(f"{what} does not work with FSDP2, which divides weights: take data parallelism")
+    if not plan:
+        raise Mistake(f"{what}: a {models.family.name} repeats no blocks whose layers could be rounded")
+
+
 def plan_of(published, network):
-    """What each layer of a network is rounded to where it is published."""
+    """What each layer of a network is published as, by the files."""
     return {name: "nf4" for name, _ in network.named_modules() if f"{name}.weight.{STATE}" in published}
 
 

@@ -10,17 +10,13 @@ row is no multiple of a block, and loses the gradient once it has repacked a wei
 the rounded weight and decodes it again.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
-
-from diff_instruct.mistake import Mistake
 
 
 KINDS = ("none", "int8", "nf4")
 BLOCK, OUTER = 64, 256  # nf4: weights that share a scale, and scales that share one
-CHUNK = 2**22  # weights that are rounded at a time
+CHUNK = 2**20  # weights that are rounded at a time
 
 
 def chunks(weight):
@@ -107,8 +103,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = decoded(ctx.kind, ctx.shape, ctx.saved_tensors, gradient.dtype)
-        return gradient @ weight, *[None] * (3 + len(ctx.saved_tensors))
+        parts = ctx.saved_tensors  # once: checkpointing computes them again when they are asked for
+        return gradient @ decoded(ctx.kind, ctx.shape, parts, gradient.dtype), *[None] * (3 + len(parts))
 
 
 def decoded(kind, shape, parts, dtype):
@@ -222,34 +218,3 @@ def stored_bytes(network, dtype_bytes):
 def rounded_layers(network):
     """The layers whose weights are rounded."""
     return [m for m in network.modules() if isinstance(m, Rounded)]
-
-
-def check_rounding(args, models, roles):
-    """Raises Mistake, in one line, for a rounded base that a role, the reference or the machine cannot have."""
-    asked = args.base_quantization
-    if asked == "none":
-        return
-    full = [role.words for role in roles if role.trained and not role.rank]
-    if full:
-        raise Mistake(
-            f"--base_quantization {asked} needs every trained network as LoRA on it, but the {' and '.join(full)} "
-            "would be trained in full: give --lora_rank and --ta_lora_rank, for example 64"
-        )
-    if asked == "nf4" and find_spec("bitsandbytes") is None:
-        raise Mistake("--base_quantization nf4 needs bitsandbytes: pip install bitsandbytes")
-    if models.lora is not None:
-        raise Mistake(f"--base_quantization {asked} rounds what is published: no --reference_lora can be fused")
-    if not rounding(models.family, models.networks[models.denoiser], asked):
-        raise Mistake(f"--base_quantization {asked}: a {models.family.name} repeats no blocks")
-
-
-def table_of_rounding(network, plan):
-    """Lines that say what is rounded to what."""
-    rows = {}
-    for name, kind in plan.items():
-        rows.setdefault(kind, []).append(network.get_submodule(name).weight.numel())
-    total = sum(p.numel() for p in network.parameters())
-    words = [
-        f"{len(sizes)} layers to {kind} ({sum(sizes) / total:.0%} of the weights)" for kind, sizes in rows.items()
-    ]
-    return f"The base is rounded: {', '.join(words)}; the rest stays as it is."

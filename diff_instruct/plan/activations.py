@@ -18,7 +18,9 @@ from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.published import rounding_of
 from diff_instruct.models.roles import bases, on_base, roles_of
+from diff_instruct.models.rounding import Rounded, round_empty
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.steps import generator_step, ta_loss
@@ -109,8 +111,12 @@ def hollow(network, dtype, fake):
             adapter = ".lora_" in f".{name}"
             for key, p in module._parameters.items():
                 if p is not None:
-                    empty = torch.empty(p.shape, dtype=torch.float32 if adapter else dtype)
+                    own = dtype if p.is_floating_point() else p.dtype  # of codes
+                    empty = torch.empty(p.shape, dtype=torch.float32 if adapter else own)
                     module._parameters[key] = torch.nn.Parameter(empty, requires_grad=adapter)
+            if isinstance(module, Rounded):
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return network
 
 
@@ -123,12 +129,14 @@ def hollow_scheduler(models):
     return shipped_scheduler(models, cls.from_config(config))
 
 
-def hollow_bases(models, roles, dtype, fake):
+def hollow_bases(models, roles, dtype, fake, base_quantization):
     """The network under each base, as `load_bases` makes them, without contents."""
     networks = {}
     for name in bases(roles):
         on_it, in_full = on_base(roles, name)
         network = copy.deepcopy(models.networks[models.denoiser])
+        if not in_full:
+            round_empty(network, rounding_of(models, base_quantization))
         for role in on_it:
             if role.rank:
                 add_lora(network, role.name, role.rank, role.alpha, models.lora_targets)
@@ -140,7 +148,7 @@ def hollow_bases(models, roles, dtype, fake):
 
 def hollow_actors(args, models, roles, dtype, autocast, fake):
     """(pipe, [`Denoiser`] of each role by name) as `load_actors` makes them, without contents."""
-    networks = hollow_bases(models, roles, dtype, fake)
+    networks = hollow_bases(models, roles, dtype, fake, args.base_quantization)
     network_of = {role.name: networks[role.base] for role in roles}
     parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
     for network in networks.values():

@@ -35,6 +35,7 @@ def levers(args):
     half, twice = args.train_batch_size // 2, 2 * args.gradient_accumulation_steps
     several, shares = args.train_batch_size > 1, processes() > 1
     away = args.offload_text_encoder or args.prompt_cache
+    now, roundable = args.base_quantization, args.reference_lora is None and not shares
     every = (
         Lever("--gradient_checkpointing", {"gradient_checkpointing": True}, not args.gradient_checkpointing, True),
         Lever("--reward_batch_size 1", {"reward_batch_size": 1}, several and args.reward_batch_size != 1, True),
@@ -52,6 +53,8 @@ def levers(args):
         Lever("--no-use_ema", {"use_ema": False}, args.use_ema and shares),
         Lever("--ta_lora_rank 64", {"ta_lora_rank": 64}, not args.ta_lora_rank),
         Lever("--lora_rank 64", {"lora_rank": 64}, not args.lora_rank),
+        Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable),
+        Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable),
     )
     return [lever for lever in every if lever.unused]
 
@@ -73,8 +76,8 @@ def advice(args, models, memory_gib):
         return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
     words = []
     for lever in levers(args):
-        args = lever.on(args)
-        words.append(lever.words)
+        args, flag = lever.on(args), lever.words.split()[0]
+        words = [earlier for earlier in words if not earlier.startswith(flag)] + [lever.words]
         need = highest(args, models)[1]
         if need <= memory_gib * GIB:
             return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."

@@ -3,7 +3,9 @@
 import copy
 
 from diff_instruct.models.lora import add_lora, trained_parameters
+from diff_instruct.models.published import rounding_of
 from diff_instruct.models.roles import roles_of
+from diff_instruct.models.rounding import round_empty, stored_bytes
 from diff_instruct.models.sharding import processes
 from diff_instruct.plan.activations import activations
 from diff_instruct.rewards.specs import read_rewards
@@ -35,11 +37,11 @@ def plan(args, models, mixed_precision):
     """
     frozen, adam = 2 if mixed_precision == "bf16" else 4, 2 if args.use_8bit_adam else 8
     network, away = models.networks[models.denoiser], args.prompt_cache or args.offload_text_encoder
-    n = count(network.parameters())
+    n, base_bytes = count(network.parameters()), stored_bytes(rounded_base(args, models), frozen)
 
     def row(role):
         k = n if role.in_full else adapters(models, role.rank) if role.rank else 0  # what is trained
-        base = frozen * n if role.base == role.name and not role.in_full else 0
+        base = base_bytes if role.base == role.name and not role.in_full else 0
         ema = 4 * k if role.averaged and not args.offload_ema else 0
         return {"weights": base + 4 * k, "gradients": 4 * k, "optimizer": adam * k, "ema": ema}
 
@@ -54,6 +56,29 @@ def plan(args, models, mixed_precision):
             if k != models.denoiser and not (away and k.startswith("text_encoder"))
         },
     }
+
+
+def rounded_base(args, models):
+    """The reference's network on the meta device, with the layers that `--base_quantization` makes."""
+    network = copy.deepcopy(models.networks[models.denoiser])
+    return round_empty(network, rounding_of(models, args.base_quantization))
+
+
+def words_of_rounding(args, models):
+    """A line that says what of the base is rounded to what, and what loading it takes at its highest."""
+    network, sizes = models.networks[models.denoiser], {}
+    for name, kind in rounding_of(models, args.base_quantization).items():
+        sizes.setdefault(kind, []).append(network.get_submodule(name).weight.numel())
+    words = [
+        f"{len(n)} layers in {kind} ({sum(n) / count(network.parameters()):.0%} of its weights)"
+        for kind, n in sorted(sizes.items())
+    ]
+    frozen = 2 if args.mixed_precision == "bf16" else 4
+    load = stored_bytes(rounded_base(args, models), frozen) + frozen * max(p.numel() for p in network.parameters())
+    return (
+        f"The base has {' and '.join(words)}; the rest stays as it is. Predicted peak as it loads, tensor by tensor: "
+        f"{load / GIB:.2f} GiB"
+    )
 
 
 def adapters(models, rank):

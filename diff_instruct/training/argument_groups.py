@@ -19,6 +19,7 @@ from diff_instruct.command_line import (
     whole,
 )
 from diff_instruct.families import FAMILIES
+from diff_instruct.models.rounding import KINDS
 from diff_instruct.objectives import DISTANCES, WEIGHTINGS
 from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.training.methods import METHODS
@@ -296,6 +297,10 @@ def add_optimization_arguments(parser):
         help="layers that get adapters, as peft has it: ends of their names, or one regular expression of whole "
         "names; default: the family's",
     )
+    g.add_argument(
+        "--base_quantization", choices=KINDS, default="none",
+        help="round the frozen base under LoRA to 8 or 4 bits while it loads; nf4 needs bitsandbytes",
+    )  # fmt: skip
     g.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant", help="of diffusers")
     g.add_argument("--lr_warmup_steps", type=natural, default=0)
     g.add_argument("--adam_beta1", type=decay, default=0.0)

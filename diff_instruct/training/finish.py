@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from diff_instruct.evaluation.judge import diversity_features
 from diff_instruct.evaluation.pictures import REFERENCE_STEPS, draw_reference, image_grid, measured
+from diff_instruct.evaluation.shipped import shipped_difference
 from diff_instruct.evaluation.statistics import compare, interval
 from diff_instruct.export.card import figure_names
 from diff_instruct.export.export import export, save_generator, upload
@@ -22,11 +23,15 @@ def finish(run):
     scores, pictures = run.judge(run.reward, run.heldout)
     summary = summary_of(run)
     drawn = draw_the_reference(run)
+    difference, as_shipped = shipped_difference(run, scores, pictures)
     if accelerator.is_main_process:
         before = load_file(run.before_file)
         columns = {"real": known.real} if known.real else {}
         columns |= {f"reference, {REFERENCE_STEPS} steps": drawn}
         columns |= {"generator before": before.pop("pictures"), "generator after": pictures}
+        if difference is not None:
+            columns |= {"merged, as shipped": as_shipped}
+            summary["rounded_base"] = difference
         sheet = image_grid(columns, known.validation_prompts, measured(run.heldout, columns, known.validation_prompts))
         summary = {**compare(before, scores), **summary}
         with theta.averaged(), writing_export(args) as folder:

@@ -6,6 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import trained_parameters
 from diff_instruct.models.sharding import is_share, share_as, whole
 
@@ -62,6 +63,7 @@ class Trained:
         self.accelerator, self.name, self.max_grad_norm = accelerator, name, args.max_grad_norm
         self.parameters = trained_parameters(denoiser.network, denoiser.adapter)
         self.train(True)
+        self.base = getattr(denoiser.network, "digest", None)  # of a rounded base, which no checkpoint holds
         # Not prepared by accelerate, which with FSDP2 takes an optimizer only beside a model, and one of them.
         self.optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
         counts = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
@@ -200,10 +202,22 @@ class Trained:
         """Plain numbers of its state, for the checkpoint."""
         steps = self.ema.optimization_step if self.ema is not None else 0
         counters = {"skipped": self.skipped, "in_a_row": self.in_a_row, "average_steps": steps}
+        if self.base is not None:
+            counters["base"] = self.base
         return {**counters, "schedule": self.schedule.state_dict()}
 
     def load_counters(self, state):
-        """Continue with these."""
+        """Continue with these.
+
+        Raises:
+            Mistake: if the base that the adapters stand on was rounded to something else.
+        """
+        if self.base is not None and state["base"]["sha256"] != self.base["sha256"]:
+            then, now = ({k: v for k, v in base.items() if k != "sha256"} for base in (state["base"], self.base))
+            raise Mistake(
+                "--resume_from_checkpoint: the base is rounded from its source anew, but comes out otherwise than in "
+                f"the run so far (then {then}, now {now}): take the same files and the same versions"
+            )
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         if self.ema is not None:
             self.ema.optimization_step = state["average_steps"]

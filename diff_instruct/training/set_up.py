@@ -17,12 +17,13 @@ from diff_instruct.export.export import create_repository
 from diff_instruct.files import whole
 from diff_instruct.models.actors import Actors, load_actors
 from diff_instruct.models.lora import reach
+from diff_instruct.models.published import check_rounding, rounding_of
 from diff_instruct.models.reference import encode_null
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import Models, models_of
 from diff_instruct.models.weight_files import check_weights
 from diff_instruct.plan.advice import advice
-from diff_instruct.plan.memory_plan import plan, table
+from diff_instruct.plan.memory_plan import plan, table, words_of_rounding
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import prompt_sources
@@ -148,10 +149,13 @@ def check(args, accelerator):
     """What is [`Known`]; mistakes show here, and the plan of memory is printed."""
     models = models_of(args)
     check_weights(models, config_suffices=args.dry_run)
+    check_rounding(args, models, roles_of(args, models))
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
     if args.lora_rank or args.ta_lora_rank:
         layers, share = reach(models.networks[models.denoiser], models.lora_targets)
         accelerator.print(f"LoRA reaches {layers} layers, {share:.0%} of the {models.denoiser}'s parameters.")
+    if rounding_of(models, args.base_quantization):
+        accelerator.print(words_of_rounding(args, models))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         check_checkpoint(checkpoint, args, accelerator.num_processes)
