@@ -31,6 +31,12 @@ def tiny_pocket(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """No test looks at what lies in the checkout, such as the folder that the README's first command writes."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator(monkeypatch):
     """accelerate keeps its settings in the process; each test starts without them, and stays with one thread."""
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from tests.runs import run
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_sd, tiny_sd2, tiny_unet, tiny_vae
 
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = {1: 625, 2: [999, 499], 4: [999, 749, 499, 249]}
 SDXL_STEPS = {1: 399, 2: [399, 199], 4: [999, 749, 499, 249]}
 EXPORTS = {"pixart": PixArtAlphaPipeline, "sd": StableDiffusionPipeline, "sd2": StableDiffusionPipeline}
@@ -164,7 +166,7 @@ def test_names_at_full_size(architecture):
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    folder, networks = f"benchmarks/architectures/{architecture}", []
+    folder, networks = str(ROOT / "benchmarks" / "architectures" / architecture), []
     for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         with init_empty_weights():
             networks.append(cls.from_config(cls.load_config(folder, subfolder=part)))

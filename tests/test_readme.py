@@ -55,7 +55,7 @@ def shell_commands(text):
         here = re.search(r"<<'(\w+)'", line)
         while here and line.splitlines()[-1] != here.group(1):
             line += "\n" + next(lines)
-        found.append(line)
+        found += line.split(" && ") if line.startswith("pip install") else [line]
     return [line for line in found if line.strip()]
 
 
@@ -180,6 +180,16 @@ def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, m
             assert language == "bibtex", f"{page} has a block in {language}"
 
 
+def test_ci_does_what_the_readme_says():
+    """Its first line with one more argument, then its second, word for word, in the same checkout."""
+    text = (ROOT / "README.md").read_text()
+    first, second = (line for line in text.splitlines() if line.startswith("pip install") and " && " in line)
+    assert "accelerate launch train_diff_instruct_pp.py --reward_scale 10 --cfg_scale 4.5" in first
+    *_, run, tests = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert tests == second and re.fullmatch(re.escape(first) + r" --\w+ \d+", run)
+    assert text.index(first) < text.index(second) < 3500  # of the first screen
+
+
 def test_every_reason_is_needed():
     shell = [
         c for page in PAGES for language, text in blocks(page) if language == "bash" for c in shell_commands(text)
@@ -231,7 +241,10 @@ def test_named_flags_exist(page):
         "--num_processes",
         "--use_fsdp",
         "--fsdp_version",
-    }  # accelerate's and TensorBoard's
+        "--no-deps",
+        "--w",
+        "--n",
+    }  # accelerate's, TensorBoard's, pip's, and those that other trainers' prompt files hold
     for folder in ("experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
