@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diff_instruct.command_line import Parser, positive_int, seed, text
-from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, load
+from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, cut_of, load
 from diff_instruct.evaluation.cost import Meter
 from diff_instruct.evaluation.judge import diversity, first_features
 from diff_instruct.evaluation.noise import noise_and_generators
@@ -194,6 +194,10 @@ def main(args):
     if device.type == "cpu":
         use_cores(accelerator.num_processes)
     prompts = load_prompt_set(args, accelerator.print)
+    cuts = {name: cut_of(c, known[name], args.cache_dir, prompts.texts) for name, c in contenders.items()}
+    for name, cut in cuts.items():
+        if str(cut):
+            accelerator.print(f"{name}: {cut}")
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +236,7 @@ def main(args):
     # 3. Figures, tables and pictures.
     if accelerator.is_main_process:
         kept = {name: b.read() for name, b in batches.items()}
-        result = report(args, contenders, kept, prompts, device)
+        result = report(args, contenders, kept, prompts, device, cuts)
         write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
         write_text(folder / "evaluation.md", markdown(result))
         with whole(folder / "evaluation.png") as aside:

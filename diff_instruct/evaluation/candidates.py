@@ -23,6 +23,7 @@ from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.reference import sample
 from diff_instruct.models.sources import read_models
 from diff_instruct.models.weight_files import WEIGHT_FILES, check_folder, check_weights
+from diff_instruct.prompts.cut import Cut, readings_of
 
 
 OPTIONS = {"steps": int, "guidance": float, "base": str, "timestep": int, "noise": str, "variant": str}
@@ -137,12 +138,32 @@ def is_one_step(index):
 
 def check_one_step(path, index, resolution, cache_dir, variant=None):
     """Raises Mistake if a part of an exported pipeline is missing, or it cannot make the resolution."""
-    names = [*(k for k in index if k in ("transformer", "unet", "vae")), *text_encoders(index)]
-    networks = {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
+    networks = empty_networks(path, index, cache_dir)
     for name in networks:
         check_folder(ModelSource(path, variant=variant, cache_dir=cache_dir), name, "variant={}")
     if "family" in index:  # the first exports do not name it; their own code checks the size
         check_resolution(resolution, grid_of(find_family(index["family"], path), networks), path)
+
+
+def empty_networks(path, index, cache_dir):
+    """The networks of an exported pipeline, name to network, on the meta device."""
+    names = [*(k for k in index if k in ("transformer", "unet", "vae")), *text_encoders(index)]
+    return {k: empty_network(path, k, *index[k], cache_dir=cache_dir) for k in names if index[k][0]}
+
+
+def cut_of(contender, models, cache_dir, prompts):
+    """The [`Cut`] of a contender: how many of the prompts it reads in part only. `models` is what `check` returned."""
+    if models is None:
+        index = read_index(contender.path, cache_dir=cache_dir)
+        family = find_family(index.get("family", "PixArtAlphaPipeline"), contender.path)  # the first exports' family
+        networks = empty_networks(contender.path, index, cache_dir)
+        length = index.get("max_sequence_length")
+        cut = Cut(readings_of(contender.path, family, networks, length, cache_dir=cache_dir))
+    else:
+        cut = Cut.of(models)
+    for prompt in prompts:
+        cut.add(prompt)
+    return cut
 
 
 def load(contender, models, resolution, cache_dir, dtype, device):

@@ -69,13 +69,14 @@ def compare_pairs(scores, baseline, prompts):
     return result
 
 
-def report(args, contenders, kept, prompts, device):
+def report(args, contenders, kept, prompts, device, cuts=()):
     """All that was measured, as `evaluation.json` has it.
 
     Args:
         contenders (`dict`): [`Contender`] by name.
         kept (`dict`): the finished batches of each, in order.
         prompts ([`PromptSet`]): what they were asked for.
+        cuts (`dict`): [`Cut`] by name: the prompts that each reads in part only.
     """
     scores = {
         name: {key: torch.tensor([row for b in part for row in b["scores"][key]]) for key in part[0]["scores"]}
@@ -86,6 +87,7 @@ def report(args, contenders, kept, prompts, device):
             **contenders[name].describe(),
             "latent_shape": part[0]["latent_shape"],
             "figures": summarise(scores[name], prompts),
+            "cut_prompts": cuts[name].as_dict() if name in cuts else None,
             "seconds_per_image": median(b["seconds_per_image"] for b in part),
             "peak_memory_gib": max(b["gib"] for b in part),
         }
@@ -168,6 +170,10 @@ def markdown(result):
     if result["truncated_prompts"]:
         cut = ", ".join(f"{name} {n}" for name, n in result["truncated_prompts"].items())
         text.append(f"Prompts that a scorer could read in part only: {cut}.")
+    cut = {name: m["cut_prompts"] for name, m in models.items() if m["cut_prompts"] and m["cut_prompts"]["cut"]}
+    if cut:
+        told = ", ".join(f"{name} {c['cut']} (more than {c['tokens']} tokens)" for name, c in cut.items())
+        text.append(f"Prompts that a model's text encoder could read in part only: {told}.")
     if comparison["models"]:
         rows = []
         for name, figures in comparison["models"].items():

@@ -9,6 +9,7 @@ from datasets import IterableDataset
 from tqdm.auto import tqdm
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.prompts.cut import Cut
 from diff_instruct.prompts.files import (
     PromptSource,
     category_of,
@@ -38,6 +39,7 @@ class Count:
         skipped ([`Skipped`]): the others.
         files: {file: [rows, used]}, of local ones.
         whole: whether all was read; a data set on the Hub is counted as it comes.
+        cut ([`Cut`], *optional*): counts the prompts that the generator reads in part only.
     """
 
     source: str
@@ -46,6 +48,7 @@ class Count:
     skipped: Skipped = field(default_factory=Skipped)
     files: dict = field(default_factory=dict)
     whole: bool = True
+    cut: Cut | None = None
 
     @property
     def rows(self):
@@ -58,6 +61,8 @@ class Count:
         if why is None:
             self.used += 1
             self.judged += judged
+            for caption in captions(row) if self.cut is not None else ():
+                self.cut.add(caption, row.get("place"))
         else:
             self.skipped.add(row, why)
         if file is not None:
@@ -96,6 +101,7 @@ class Count:
             "left_out": dict(self.skipped.counts),
             "first_left_out": dict(self.skipped.places),
             "all_read": self.whole,
+            "cut": None if self.cut is None else self.cut.as_dict(),
         }
 
 
@@ -128,9 +134,9 @@ def all_rows(source):
         raise Mistake(f"{source} cannot be read: {first_line(error)}") from None
 
 
-def count_rows(source, judged=()):
+def count_rows(source, judged=(), cut=None):
     """The [`Count`] of a source that ends. Raises as `all_rows`."""
-    count = Count(str(source))
+    count = Count(str(source), cut=cut)
     for file, row in all_rows(source):
         count.add(row, problem(row), file, is_judged(row, judged))
     return count
@@ -154,9 +160,9 @@ def read_all(source):
     return found, count
 
 
-def count_head(source, rows, judged):
+def count_head(source, rows, judged, cut=None):
     """The [`Count`] of the first rows of a streamed data set."""
-    count = Count(str(source), whole=len(rows) < ENOUGH)
+    count = Count(str(source), whole=len(rows) < ENOUGH, cut=cut)
     for row in rows:
         count.add(row, problem(row), judged=is_judged(row, judged))
     return count
@@ -178,8 +184,9 @@ def recorded(rows, seen):
         yield row
 
 
-def load_prompts(train, judge, num_eval_prompts, tell=print):
-    """The [`Prompts`] of the [`PromptSource`]s of `prompt_sources`; one line says what was read.
+def load_prompts(train, judge, num_eval_prompts, tell=print, cut=None):
+    """The [`Prompts`] of the [`PromptSource`]s of `prompt_sources`; one line says what was read, and another what the
+    generator cuts of it ([`Cut`]).
 
     What is judged is every 20th training prompt, or (`judge`) the first prompts of another source. It is never trained
     on: it is taken out by its text, so also where a prompt occurs twice, in another file or in other writing (`same`).
@@ -198,9 +205,9 @@ def load_prompts(train, judge, num_eval_prompts, tell=print):
     judged = {same(text) for text in prompts}
     if train.path is None:
         list(islice(rows, ENOUGH - min(ENOUGH, len(seen))))
-        count = count_head(train, seen, judged)
+        count = count_head(train, seen, judged, cut)
     else:
-        count = count_rows(train, judged)
+        count = count_rows(train, judged, cut)
     if not count.used:
         raise nothing_usable(train, count.skipped)
     if count.whole and count.judged == count.used:
@@ -210,6 +217,8 @@ def load_prompts(train, judge, num_eval_prompts, tell=print):
         )
     count.check(train.allow_bad_rows)
     tell("; ".join([f"Prompts: {count}", *told]))
+    if cut is not None and str(cut):
+        tell(str(cut))
     return Prompts(dataset.filter(lambda row: not is_judged(row, judged)), prompts, count)
 
 
@@ -246,12 +255,16 @@ def in_words(read):
     if read.get("judged"):
         words += f", {read['judged']:,} of these to judge with and not to train on"
     left_out = ", ".join(f"{n:,} {why}" for why, n in read["left_out"].items() if why not in NO_ROWS)
-    return words + (f"; left out: {left_out}" if left_out else "")
+    words += f"; left out: {left_out}" if left_out else ""
+    cut = read["cut"]
+    if cut and cut["cut"]:
+        words += f"; {cut['cut']:,} of {cut['counted']:,} are longer than the {cut['tokens']} tokens that are read"
+    return words
 
 
 def rows_read(count, stream):
     """What `training_summary.json` says of the training rows, after they were drawn from a [`PromptStream`]."""
     if count.whole:
         return count.as_dict()
-    read = Count(count.source, stream.used, skipped=stream.skipped, whole=stream.counted).as_dict()
+    read = Count(count.source, stream.used, skipped=stream.skipped, whole=stream.counted, cut=count.cut).as_dict()
     return {k: v for k, v in read.items() if k != "judged"}  # which were taken out before they came

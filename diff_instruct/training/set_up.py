@@ -25,6 +25,7 @@ from diff_instruct.models.weight_files import check_weights
 from diff_instruct.plan.advice import advice
 from diff_instruct.plan.memory_plan import plan, table, words_of_rounding
 from diff_instruct.prompts.conditioning import Conditioning
+from diff_instruct.prompts.cut import Cut
 from diff_instruct.prompts.encoding import fill_cache, make_conditioning
 from diff_instruct.prompts.files import prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
@@ -160,7 +161,8 @@ def check(args, accelerator):
     if checkpoint:
         check_checkpoint(checkpoint, args, accelerator.num_processes)
     train, judged = prompt_sources(args)
-    train_prompts, eval_prompts, count = load_prompts(train, judged, args.num_eval_prompts, accelerator.print)
+    to_judge, cut = args.num_eval_prompts, Cut.of(models, args)
+    train_prompts, eval_prompts, count = load_prompts(train, judged, to_judge, accelerator.print, cut)
     validation_prompts = prompts_to_draw(args, eval_prompts)
     real = real_pictures(args.validation_images, validation_prompts)
     return Known(models, checkpoint or None, train_prompts, eval_prompts, validation_prompts, count, real)
