@@ -59,8 +59,9 @@ def test_it_is_told_before_training(tmp_path, tiny_model, capsys):
     assert in_words(count.as_dict()).endswith("; 1 of 10 are longer than the 120 tokens that are read")
 
 
-def test_an_architecture_without_tokenizers_counts_nothing():
-    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "architectures" / "stable-diffusion-v1-5"
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-3.5-large"])
+def test_an_architecture_without_tokenizers_counts_nothing(name):
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "architectures" / name
     models = read_models(ModelSource(str(folder)))
     cut = Cut.of(models)
     assert not is_cut(cut, "a cat " * 1000) and cut.as_dict() is None and str(cut) == ""

@@ -88,7 +88,9 @@ def readings_of(path, family, networks, max_sequence_length=None, **where):
         A list; None if its tokenizers are not there (of an architecture alone).
     """
     index = read_index(path, **where)
-    names = [name for name in index if name.startswith("tokenizer") and index[name][0]]
+    names = [name.replace("text_encoder", "tokenizer") for name in networks if name.startswith("text_encoder")]
+    if not all(index.get(name, [None])[0] for name in names):
+        return None
     if Path(path).is_dir() and not all((Path(path) / name).is_dir() for name in names):
         return None
     readings, fake = [], FakeTensorMode(allow_non_fake_inputs=True)
