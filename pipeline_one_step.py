@@ -12,6 +12,7 @@ family follows; in the project each has a file of its own in `diff_instruct/fami
     image = pipe("a red apple").images[0]
 """
 
+import functools
 import json
 import os
 import sys
@@ -20,8 +21,9 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,6 +126,15 @@ class Schedule:
         return 1 / alpha**2 if self.prediction_type in ("flow", "v_prediction") else torch.ones_like(alpha)
 
 
+@functools.cache
+def with_lora_loaders(cls, family):
+    """`cls` with the LoRA loaders of a family's stock pipeline, if that has any."""
+    loaders = [base for base in family.stock().__bases__ if issubclass(base, LoraBaseMixin)]
+    if not loaders or issubclass(cls, loaders[0]):
+        return cls
+    return type(cls.__name__, (loaders[0], cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+
+
 class OneStepPipeline(DiffusionPipeline):
     r"""
     A one-step generator g_θ(z, c) = x̂0 of the network's output at (z, t*), with z ~ N(0, I) fed as x_{t*}.
@@ -131,15 +142,17 @@ class OneStepPipeline(DiffusionPipeline):
     With several timesteps t_1 > ... > t_n it takes n steps, as consistency models and DMD2 do: x0 at t_1 as above;
     then x_{t_2} = α x0 + σ ε with fresh noise ε, and x̂0 of the output at (x_{t_2}, t_2) is the new x0; and so on.
 
-    The same weights also run in the stock pipeline of the family with these timesteps (see the model card). Every
-    component must be given; those that the family does not have, and text encoders if embeddings will be given
-    instead of prompts, are None.
+    The same weights also run in the stock pipeline of the family with these timesteps (see the model card), and
+    `load_lora_weights`, `set_adapters`, `fuse_lora` and the others are the stock's: a LoRA of the base goes on top.
+
+    Every component must be given; those that the family does not have are None. So are text encoders if embeddings
+    will be given instead of prompts, and network and VAE if prompts are to be encoded and nothing else.
 
     Args:
         tokenizer, text_encoder: turn the prompt into the conditioning c: T5 for PixArt-α, CLIP for Stable Diffusion.
         tokenizer_2, text_encoder_2: the second ones of SDXL, SD3 and FLUX.1; tokenizer_3, text_encoder_3: SD3's T5.
         vae: decodes latents to pixels.
-        transformer, unet: the generator, one of the two.
+        transformer, unet: the generator, one of the two, whichever the family has.
         scheduler: holds the noise schedule and the prediction type; it is not stepped here.
         timestep (`int` or `list[int]`): t*, the timestep at which the generator was trained; or n descending ones.
         family (`str`): class name of the stock pipeline, the `name` of a [`Family`] that is defined.
@@ -149,8 +162,8 @@ class OneStepPipeline(DiffusionPipeline):
         embedded_guidance (`float`, defaults to the family's): what networks with guidance as an input are given.
 
     Raises:
-        ValueError: if t* is missing or lies outside the schedule, several do not descend, not just one network is
-            given, or a config value is unknown.
+        ValueError: if t* is missing or lies outside the schedule, several do not descend, two networks are given, or a
+            config value is unknown.
     """
 
     code = Path(__file__).read_text()  # kept, since another version of this file may take its place
@@ -165,6 +178,11 @@ class OneStepPipeline(DiffusionPipeline):
         "unet",
     ]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->unet->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __new__(cls, *args, family=None, **kwargs):
+        """A pipeline of `cls` with the LoRA loaders of the family's stock pipeline."""
+        return super().__new__(cls if family is None else with_lora_loaders(cls, find_family(family)))
 
     def __init__(
         self,
@@ -185,8 +203,8 @@ class OneStepPipeline(DiffusionPipeline):
         embedded_guidance: float = None,
     ):
         super().__init__()
-        if (transformer is None) == (unet is None):
-            raise ValueError("OneStepPipeline needs either a `transformer` or a `unet`")
+        if transformer is not None and unet is not None:
+            raise ValueError("OneStepPipeline takes either a `transformer` or a `unet`")
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -202,7 +220,8 @@ class OneStepPipeline(DiffusionPipeline):
         if input_noise not in ("unit", "scaled"):
             raise ValueError(f"input_noise must be unit or scaled, but is {input_noise}")
         self.family, self.schedule = find_family(family), Schedule(scheduler)
-        if embedded_guidance is None and self.denoiser.config.get("guidance_embeds"):
+        network = self.denoiser
+        if embedded_guidance is None and network is not None and network.config.get("guidance_embeds"):
             embedded_guidance = self.family.embedded_guidance
         self.register_to_config(
             timestep=timestep,
@@ -219,20 +238,67 @@ class OneStepPipeline(DiffusionPipeline):
             )
         if any(later >= t for t, later in zip(self.timesteps, self.timesteps[1:])):
             raise ValueError(f"the timesteps of OneStepPipeline must descend, but are {timestep}")
-        self.grid = self.family.grid(self.denoiser.config, vae.config)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.grid.factor)
+        draws = network is not None and vae is not None
+        self.grid = self.family.grid(network.config, vae.config) if draws else None
+        self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """A config; an export's without the name of its own code, which `OneStepPipeline.from_pretrained` replaces."""
+        config = super()._dict_from_json_file(json_file)
+        if config.get("_class_name") == ["pipeline_one_step", cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """A one-step pipeline around the parts of another: a stock pipeline of a family, or one made of an export.
+
+        Args:
+            pipeline (`DiffusionPipeline`): whose parts are taken.
+            kwargs: other parts, and arguments of [`OneStepPipeline`]; `timestep` defaults to what the pipeline had as
+                a `OneStepPipeline`, or else to the family's. `dtype`, which parts are cast to, is float32 by default,
+                as in every `from_pipe`.
+        """
+        config = pipeline.config
+        own = kwargs.pop("family", None) or config.get("family", config.get("_family", type(pipeline).__name__))
+        family = find_family(own)
+        known = {"family": own, "timestep": config.get("timestep", config.get("_timestep", family.timestep))}
+        known["scheduler"] = family.scheduler(pipeline.scheduler)
+        parts = {name: getattr(pipeline, name, None) for name in (*cls._optional_components, "vae")}
+        return super().from_pipe(pipeline, **{**parts, **known, **kwargs})
 
     @property
     def denoiser(self):
-        """The generator's network: the transformer or the UNet."""
+        """The generator's network: the transformer or the UNet; None if there is none."""
         return self.unet if self.transformer is None else self.transformer
+
+    @property
+    def num_timesteps(self):
+        """How many steps, and so evaluations of the network, a picture takes."""
+        return len(self.timesteps)
+
+    def load_lora_weights(self, *args, **kwargs):
+        """Where the family's stock pipeline has LoRA loaders, they stand in the place of this method."""
+        raise ValueError(f"{self.config.family} loads no LoRA files, so neither does OneStepPipeline here")
+
+    def enable_vae_tiling(self):
+        """Decode large pictures in overlapping tiles; `pipe.vae.disable_tiling()` ends it."""
+        self.vae.enable_tiling()
+
+    def enable_vae_slicing(self):
+        """Decode one picture of a batch after the other; `pipe.vae.disable_slicing()` ends it."""
+        self.vae.enable_slicing()
 
     def latent_shape(self, height=None, width=None):
         """(C, H / f, W / f) of the latents of one image; by default, of the size that the generator was trained for.
 
         Raises:
-            ValueError: if height and width are no multiples of what latents and patches need.
+            ValueError: if height and width are no multiples of what latents and patches need, or the pipeline has no
+                network or no VAE.
         """
+        if self.grid is None:
+            raise ValueError("this pipeline has no network or no VAE, so it encodes prompts and nothing else")
         grid = self.grid
         height, width = height or grid.side, width or grid.side
         if height % grid.multiple or width % grid.multiple:
@@ -240,7 +306,7 @@ class OneStepPipeline(DiffusionPipeline):
         return grid.channels, height // grid.factor, width // grid.factor
 
     def encode_prompt(self, prompt):
-        """The conditioning c of a list of B prompts: keyword arguments of `denoise`, each with B rows.
+        """The conditioning c of a prompt or a list of B prompts, which `pipe(prompt_embeds=c)` takes.
 
         Returns:
             `dict`: `encoder_hidden_states` (B, L, D); where it is masked, `encoder_attention_mask` (B, L); where there
@@ -248,7 +314,7 @@ class OneStepPipeline(DiffusionPipeline):
             states of a second encoder stand apart (HunyuanImage), `encoder_hidden_states_2` and
             `encoder_attention_mask_2`.
         """
-        return self.family.encode_prompt(self, prompt)
+        return self.family.encode_prompt(self, [prompt] if isinstance(prompt, str) else prompt)
 
     def encode_null(self):
         """∅, one row: what the family's stock pipeline guides away from."""
@@ -272,7 +338,7 @@ class OneStepPipeline(DiffusionPipeline):
         """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
         return self.schedule.x0(self.denoise(network, x_t, t, c), x_t, t)
 
-    def generate(self, network, z, c, noise=(), step=None):
+    def generate(self, network, z, c, noise=(), step=None, on_step_end=lambda i, latents: latents):
         """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this.
 
         Of several steps only the one that gives a sample's x0 has a gradient.
@@ -284,6 +350,8 @@ class OneStepPipeline(DiffusionPipeline):
             noise (`torch.Tensor`, (n − 1, B, C, H, W), or a list): unit noise ε of each further step; none if n = 1.
             step (`torch.Tensor`, (B,), int64, *optional*): the step, in 0..n − 1, whose x0 each sample returns, for
                 training on all of them; the last one by default.
+            on_step_end (*optional*): `on_step_end(i, latents)` gives the latents to go on with after step i: x_t of
+                the next step, and x0 after the last.
 
         Raises:
             ValueError: if there is not one `noise` for each further step.
@@ -300,7 +368,8 @@ class OneStepPipeline(DiffusionPipeline):
                 x0 = self.estimate(network, x_t, t, c)
             t = torch.where(step >= i, self.timesteps[i], t)
             x_t = torch.where((step >= i).view(-1, 1, 1, 1), self.schedule.add_noise(x0, noise[i - 1], t), x_t)
-        return self.estimate(network, x_t, t, c)
+            x_t = on_step_end(i - 1, x_t)
+        return on_step_end(further, self.estimate(network, x_t, t, c))
 
     def decode(self, x0):
         """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
@@ -318,16 +387,21 @@ class OneStepPipeline(DiffusionPipeline):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | dict | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_embeds_2: torch.Tensor | None = None,
         prompt_attention_mask_2: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
     ):
         r"""
         Generate images in one network evaluation, or one for each of the config's timesteps.
@@ -335,21 +409,29 @@ class OneStepPipeline(DiffusionPipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompts; or give `prompt_embeds` instead.
             height, width (`int`, *optional*): in pixels; default to the size that the generator was trained for.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): of no effect: steps and guidance are
+                those of the training. Taken where they say what happens anyway: the number of timesteps; 0 or 1, or
+                what the network has as its input; nothing.
             num_images_per_prompt (`int`, defaults to 1): images of one prompt follow one another.
             generator (`torch.Generator` or list of them, *optional*): makes the result deterministic.
             latents (`torch.Tensor`, (B, C, H, W), *optional*): the noise z ~ N(0, I), instead of drawing it. The noise
                 of further steps always comes from `generator`.
             prompt_embeds (`torch.Tensor`, (B, L, D), *optional*): encoded prompts, with
                 prompt_attention_mask ((B, L)), pooled_prompt_embeds ((B, D)) or, of a second text encoder,
-                prompt_embeds_2 ((B, L_2, D_2)) and prompt_attention_mask_2 ((B, L_2)), where the family has them.
+                prompt_embeds_2 ((B, L_2, D_2)) and prompt_attention_mask_2 ((B, L_2)), where the family has them; or
+                what `encode_prompt` gives.
             output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
             return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): `callback(pipe, i, t, {"latents": latents})` after step i
+                gives a `dict`, whose latents replace these: x_t of the next step, and x0 after the last.
+            callback_on_step_end_tensor_inputs (`list[str]`): what it is given, "latents" or nothing.
 
         Raises:
             ValueError: for a prompt and embeddings at once or neither, an impossible size, latents of a wrong shape,
-                an unknown output type.
+                an unknown output type, steps or guidance that the generator does not have.
         """
         shape = self.latent_shape(height, width)
+        self.check_unchangeable(num_inference_steps, guidance_scale, negative_prompt)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either `prompt` or `prompt_embeds`, and not both")
         embeds = {
@@ -361,16 +443,22 @@ class OneStepPipeline(DiffusionPipeline):
         }
         needed = self.family.conditions
         missing = [name for name in needed.values() if embeds[name] is None]
-        if prompt is None and missing:
+        if prompt is None and missing and not isinstance(prompt_embeds, dict):
             raise ValueError(f"`prompt_embeds` need their `{missing[0]}`")
+        if prompt is not None and self.text_encoder is None:
+            raise ValueError("this pipeline has no text encoder: give `prompt_embeds` instead of a prompt")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end is given {self._callback_tensor_inputs} or nothing")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, but is {output_type}")
 
         device = self._execution_device
-        if prompt is None:
+        if isinstance(prompt_embeds, dict):
+            c = prompt_embeds
+        elif prompt is None:
             c = {k: embeds[name] for k, name in needed.items()}
         else:
-            c = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+            c = self.encode_prompt(prompt)
         c = {k: v.to(device).repeat_interleave(num_images_per_prompt, dim=0) for k, v in c.items()}
         shape = (len(next(iter(c.values()))), *shape)
 
@@ -380,7 +468,14 @@ class OneStepPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, but have {tuple(latents.shape)}")
         noise = [randn_tensor(shape, **random) for _ in self.timesteps[1:]]
-        x0 = self.generate(self.denoiser, latents.to(device), c, noise)
+
+        def on_step_end(i, latents):
+            if callback_on_step_end is None:
+                return latents
+            given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+            return callback_on_step_end(self, i, self.timesteps[i], given).get("latents", latents)
+
+        x0 = self.generate(self.denoiser, latents.to(device), c, noise, on_step_end=on_step_end)
 
         if output_type == "latent":
             images = x0
@@ -389,6 +484,21 @@ class OneStepPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_unchangeable(self, steps, guidance_scale, negative_prompt):
+        """Raises ValueError if a call asks for steps or guidance that are not the generator's own."""
+        if steps not in (None, self.num_timesteps):
+            raise ValueError(
+                f"this generator takes {self.num_timesteps} step(s), so num_inference_steps is not {steps}"
+            )
+        embedded = self.config.embedded_guidance
+        own = (0, self.family.guide(1.0, None, 1).get("guidance_scale", 1)) if embedded is None else (embedded,)
+        if guidance_scale is not None and guidance_scale not in own:
+            raise ValueError(
+                f"guidance_scale must be {own[-1]}, as in this generator's training, but is {guidance_scale}"
+            )
+        if negative_prompt:
+            raise ValueError("this generator draws without guidance, so a negative_prompt says nothing: leave it out")
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
         """Write `model_index.json` in the form that names its own code, and this code, with its family, beside it."""
@@ -463,6 +573,20 @@ class Family:
     def stock(cls):
         """Class of the stock pipeline; diffusers imports it when it is asked for."""
         return getattr(diffusers, cls.name)
+
+    @classmethod
+    def scheduler(cls, scheduler):
+        """What an export has of a scheduler: its noise, in the form in which the stock pipeline takes timesteps as
+        they are.
+
+        The published schedulers of flow matching shift the noise levels that they are given (Qwen-Image's even to
+        NaN); this one does not, and its further steps renoise as the generator's do.
+        """
+        if cls.flow:
+            steps = scheduler.config.num_train_timesteps
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=1.0, stochastic_sampling=True)
+        options = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
+        return DDPMScheduler.from_config(scheduler.config, **options)
 
     @classmethod
     def has_lora_files(cls):

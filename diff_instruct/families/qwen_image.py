@@ -53,7 +53,8 @@ class QwenImage(Family):
 
     @staticmethod
     def decode(pipe, x0):
-        """Through the VAE's parts: its `decode` clamps, and beyond [−1, 1] a reward would have no gradient."""
+        """Through the VAE's parts: its `decode` clamps, and beyond [−1, 1] a reward would have no gradient; in tiles
+        or slices, which training has no use for, through `decode`."""
         vae = pipe.vae
         if hasattr(vae, "_hf_hook"):  # with accelerate's offloading
             vae._hf_hook.pre_forward(vae)
@@ -62,6 +63,8 @@ class QwenImage(Family):
             for v in (vae.config.latents_mean, vae.config.latents_std)
         )
         latents = (x0 * std + mean).to(vae.dtype).unsqueeze(2)
+        if vae.use_tiling or vae.use_slicing:
+            return vae.decode(latents, return_dict=False)[0][:, :, 0]
         return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
 
     @staticmethod

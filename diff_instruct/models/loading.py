@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -90,19 +89,6 @@ def load_network(models, reference, dtype, base_quantization="none", device="cpu
     return network
 
 
-def shipped_scheduler(models, scheduler):
-    """What an export has: the noise schedule, in the form in which the stock pipeline takes timesteps as they are.
-
-    The published schedulers of flow matching shift the noise levels that they are given (Qwen-Image's even to NaN);
-    this one does not, and its further steps renoise as the generator's do.
-    """
-    if models.family.flow:
-        steps = scheduler.config.num_train_timesteps
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=1.0, stochastic_sampling=True)
-    options = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
-    return DDPMScheduler.from_config(scheduler.config, **options)
-
-
 def load_generator(models, stock):
     """The [`OneStepPipeline`] of the generator as it starts, in float32, all of it trainable."""
     network = load_network(models, getattr(stock, models.denoiser), torch.float32)
@@ -116,7 +102,7 @@ def one_step_pipeline(models, stock, network):
     return OneStepPipeline(
         **parts,
         vae=stock.vae,
-        scheduler=shipped_scheduler(models, stock.scheduler),
+        scheduler=models.family.scheduler(stock.scheduler),
         timestep=models.timestep,
         family=models.family.name,
         input_noise=models.input_noise,

@@ -16,7 +16,6 @@ from transformers import BatchEncoding
 from diff_instruct.models.configs import read_index
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.loading import shipped_scheduler
 from diff_instruct.models.lora import add_lora, checkpoint_block
 from diff_instruct.models.published import rounding_of
 from diff_instruct.models.roles import bases, on_base, roles_of
@@ -126,7 +125,7 @@ def hollow_scheduler(models):
     _, name = read_index(source.path, **source.where)["scheduler"]
     cls = getattr(diffusers, name)
     config = cls.load_config(source.path, subfolder="scheduler", **source.where)
-    return shipped_scheduler(models, cls.from_config(config))
+    return models.family.scheduler(cls.from_config(config))
 
 
 def hollow_bases(models, roles, dtype, fake, base_quantization):
