@@ -77,6 +77,8 @@ def style_lora(pipe, file, seed, rank=2):
     """A LoRA of the family's network, as its trainers write it: random, and strong enough to be seen."""
     torch.manual_seed(seed)
     network = type(pipe.denoiser).from_config(pipe.denoiser.config)
+    targets = pipe.family.lora_targets
+    targets = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(config, network)
     state = {f"{pipe.family.denoiser}.{k}": v.contiguous() for k, v in get_peft_model_state_dict(network).items()}
