@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Write an exported generator for the programs that people draw with: ComfyUI, Forge, stable-diffusion.cpp, OpenVINO.
 
-`python export_for_apps.py EXPORT DIR` writes what the family has a layout for, in float16: one file in the original
-layout, the network alone, the LoRA in kohya's keys, a ComfyUI workflow, the stock diffusers pipeline, and a page with
-the noise levels and command lines of each program.
+`python export_for_apps.py EXPORT DIR` writes what the family has a layout for, in float16, flow matching in bfloat16:
+one file in the original layout, the network alone, the LoRA at its strength, a ComfyUI workflow, the stock diffusers
+pipeline, and a page with the noise levels and command lines of each program. `--write fp8 gguf` writes the network
+rounded.
 """
 
 import json
@@ -19,15 +20,19 @@ from diff_instruct.command_line import Parser
 from diff_instruct.evaluation.candidates import check_one_step, is_one_step
 from diff_instruct.export.apps import find_app, where_it_runs, workflow
 from diff_instruct.export.card import LORA_WEIGHTS
-from diff_instruct.export.kohya import kohya_lora
+from diff_instruct.export.kohya import folded_lora, kohya_lora
 from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
+from diff_instruct.export.original import original_layout
+from diff_instruct.export.rounded import GGUF_TYPES, check_gguf, write_bfloat16, write_fp8, write_gguf
 from diff_instruct.export.stock import stock_pipeline
+from diff_instruct.families import find_family
 from diff_instruct.files import NotWritten, check_apart, whole, whole_folder, write_text
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import read_index
 
 
-KINDS = ("single_file", "network", "lora", "workflow", "diffusers")
+KINDS = ("single_file", "network", "lora", "workflow", "diffusers", "fp8", "gguf")
+ASKED_FOR = ("fp8", "gguf")  # the others are written if nobody says
 
 
 def build_parser():
@@ -36,7 +41,9 @@ def build_parser():
     add = parser.add_argument
     add("export", help="folder or Hub id of what the training script exports")
     add("folder", help="where the files are written")
-    add("--write", nargs="+", choices=KINDS, help="default: all that the family has a layout for")
+    add("--write", nargs="+", choices=KINDS, help="default: all that the family has a layout for, but the "
+        "network rounded")  # fmt: skip
+    add("--gguf", nargs="+", choices=GGUF_TYPES, default=["q8_0"], help="how GGUF files are rounded, one file each")
     add("--name", help="what the files are called; default: the name of the export")
     add("--prompt", default="a red apple", help="in the workflow and the command lines")
     add("--trust_remote_code", action="store_true", help="run the pipeline_one_step.py of an export on the Hub")
@@ -44,8 +51,8 @@ def build_parser():
     return parser
 
 
-def load_export(path, trust_remote_code=False, cache_dir=None, dtype=torch.float32):
-    """The `OneStepPipeline` of a folder or Hub id.
+def load_export(path, trust_remote_code=False, cache_dir=None):
+    """The `OneStepPipeline` of a folder or Hub id, in float16; flow matching in bfloat16, as it is published.
 
     Raises:
         Mistake: if it is none, is not whole, or would run code of the Hub without leave.
@@ -56,6 +63,8 @@ def load_export(path, trust_remote_code=False, cache_dir=None, dtype=torch.float
     if not (Path(path).is_dir() or trust_remote_code):
         raise Mistake(f"{path} brings its own pipeline_one_step.py: look at it, then add --trust_remote_code")
     check_one_step(path, index, None, cache_dir)
+    flow = find_family(index["family"], path).flow
+    dtype = torch.bfloat16 if flow else torch.float16
     return DiffusionPipeline.from_pretrained(path, trust_remote_code=True, cache_dir=cache_dir, dtype=dtype)
 
 
@@ -67,14 +76,18 @@ def can_write(pipe, path):
     """
     app = find_app(pipe)
     lacks = set() if app.single_file else {"single_file"}
+    if app.original is None:
+        lacks.add("fp8")
+    if app.architecture is None:
+        lacks.add("gguf")
     if not (Path(path) / LORA_WEIGHTS).is_file():
         lacks.add("lora")
     return [kind for kind in KINDS if kind not in lacks]
 
 
-def write(pipe, path, folder, name, kinds, prompt):
+def write(pipe, path, folder, name, kinds, prompt, gguf_types=()):
     """Write each of the kinds; returns the paths, relative to the folder."""
-    written = []
+    written, app = [], find_app(pipe)
     folder.mkdir(parents=True, exist_ok=True)
 
     def weights(suffix, state):
@@ -83,15 +96,28 @@ def write(pipe, path, folder, name, kinds, prompt):
             save_file(state, aside, metadata={"format": "pt"})
         written.append(f"{name}{suffix}.safetensors")
 
+    def layout(write, suffix, *how):
+        write(folder / f"{name}_transformer{suffix}", original_layout(pipe.transformer, app.original), *how)
+        written.append(f"{name}_transformer{suffix}")
+
     if "single_file" in kinds:
         weights("", single_file(pipe))
     if "network" in kinds and pipe.unet is not None:
         weights("_unet", unet_layout(pipe.unet))
-    elif "network" in kinds:  # no original layout in diffusers: its own, which ComfyUI reads; and the VAE
+    elif "network" in kinds and app.original is None:  # no original layout in diffusers: its own, which ComfyUI reads
         weights("_transformer", pipe.transformer.state_dict())
+    elif "network" in kinds:
+        layout(write_bfloat16, ".safetensors")
+    if "network" in kinds and pipe.unet is None and app.vae is None:
         weights("_vae", {k.partition(".")[2]: v for k, v in vae_layout(pipe.vae).items()})
-    if "lora" in kinds:
+    if "fp8" in kinds:
+        layout(write_fp8, "_fp8.safetensors")
+    for kind in gguf_types if "gguf" in kinds else ():
+        layout(write_gguf, f"_{kind}.gguf", app.architecture, kind, pipe.family.modulation)
+    if "lora" in kinds and pipe.unet is not None:
         weights("_lora", kohya_lora(Path(path) / LORA_WEIGHTS))
+    elif "lora" in kinds:
+        weights("_lora", folded_lora(Path(path) / LORA_WEIGHTS))
     if "workflow" in kinds:
         write_text(folder / f"{name}_workflow.json", json.dumps(workflow(pipe, name, prompt), indent=2) + "\n")
         written.append(f"{name}_workflow.json")
@@ -114,7 +140,9 @@ def write(pipe, path, folder, name, kinds, prompt):
 def main(args):
     kept = [("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
     check_apart([("the folder", args.folder)], [("the export", args.export)], kept)
-    pipe = load_export(args.export, args.trust_remote_code, args.cache_dir, torch.float16)
+    if "gguf" in (args.write or ()):
+        check_gguf()
+    pipe = load_export(args.export, args.trust_remote_code, args.cache_dir)
     possible = can_write(pipe, args.export)
     for kind in args.write or ():
         if kind not in possible:
@@ -123,7 +151,8 @@ def main(args):
                 f"{' without LoRA' if kind == 'lora' else ''}, which can be written to {', '.join(possible)}"
             )
     name = f"{args.name or Path(args.export).resolve().name}_{len(pipe.timesteps)}step"
-    written = write(pipe, args.export, Path(args.folder), name, args.write or possible, args.prompt)
+    kinds = args.write or [kind for kind in possible if kind not in ASKED_FOR]
+    written = write(pipe, args.export, Path(args.folder), name, kinds, args.prompt, args.gguf)
     print((Path(args.folder) / written[-1]).read_text())
 
 

@@ -105,9 +105,9 @@ def test_style_loras_on_top(stocks, name, tmp_path):
     torch.testing.assert_close(seen[0], plain, atol=1e-6, rtol=0)
     apart = [(a - b).abs().max() for a, b in zip(seen, seen[1:])]
     assert min(apart) > 1e-3 and pipe.get_active_adapters() == ["style", "other"]
-    pipe.fuse_lora(adapter_names=["style", "other"])
+    pipe.fuse_lora(components=[pipe.family.denoiser], adapter_names=["style", "other"])
     torch.testing.assert_close(draw(pipe), seen[-1], atol=1e-4, rtol=0)
-    pipe.unfuse_lora()
+    pipe.unfuse_lora(components=[pipe.family.denoiser])
     pipe.unload_lora_weights()
     torch.testing.assert_close(draw(pipe), plain, atol=1e-4, rtol=0)
 

@@ -20,14 +20,24 @@ class App:
         betas: (schedule, first, last) that the programs take the family to have, whatever the export says; None for
             flow matching.
         single_file: whether diffusers reads a file of the family in the original layout.
+        original: the layers' names in the original layout, see `original.py`; None where ComfyUI reads diffusers'.
+        architecture: what a GGUF file calls the family; None if no program reads one.
+        encoder: ComfyUI's node that loads the text encoders, its `type`, and the files.
+        latent: ComfyUI's node that makes empty latents.
+        vae: the published VAE's file; None if the export's own is written.
         task: of `optimum-cli export openvino`, or None.
-        stable_diffusion_cpp: whether it draws the family.
+        stable_diffusion_cpp: its arguments for text encoders and VAE; None if it does not draw the family.
     """
 
-    betas: tuple | None
+    betas: tuple | None = None
     single_file: bool = False
+    original: str | None = None
+    architecture: str | None = None
+    encoder: tuple | None = None
+    latent: str = "EmptyLatentImage"
+    vae: str | None = None
     task: str | None = None
-    stable_diffusion_cpp: bool = False
+    stable_diffusion_cpp: str | None = None
 
 
 # What core ComfyUI calls prediction types in its node ModelSamplingDiscrete; without the node it takes epsilon.
@@ -115,20 +125,25 @@ def workflow(pipe, name, prompt, seed=0):
         nodes[str(len(nodes) + 1)] = {"class_type": class_type, "inputs": inputs}
         return str(len(nodes))
 
-    if find_app(pipe).single_file:
+    app = find_app(pipe)
+    if app.single_file:
         checkpoint = node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
         model, clip, vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
     else:
+        loader, kind, *files = app.encoder
+        names = ["clip_name"] if len(files) == 1 else [f"clip_name{i}" for i in range(1, len(files) + 1)]
         model = [node("UNETLoader", unet_name=f"{name}_transformer.safetensors", weight_dtype="default"), 0]
-        clip = [node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="pixart"), 0]
-        vae = [node("VAELoader", vae_name=f"{name}_vae.safetensors"), 0]
+        clip = [node(loader, **dict(zip(names, files)), **({"type": kind} if kind else {})), 0]
+        vae = [node("VAELoader", vae_name=app.vae or f"{name}_vae.safetensors"), 0]
     if pipe.schedule.prediction_type in SAMPLING:
         sampling = SAMPLING[pipe.schedule.prediction_type]
         model = [node("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False), 0]
     encoder = pipe.family.text_node(pipe)
     size = {"width": width, "height": height} if encoder != "CLIPTextEncode" else {}
     text = [node(encoder, text=prompt, **size, clip=clip), 0]
-    latent = [node("EmptyLatentImage", width=width, height=height, batch_size=1), 0]
+    if pipe.config.embedded_guidance is not None:
+        text = [node("FluxGuidance", conditioning=text, guidance=pipe.config.embedded_guidance), 0]
+    latent = [node(app.latent, width=width, height=height, batch_size=1), 0]
     if not levels.flow:
         noise = node("RandomNoise", noise_seed=seed)
         size = node("ManualSigmas", sigmas=f"{number(levels.first)}, 0")
@@ -156,8 +171,8 @@ def stable_diffusion_cpp(pipe, name, prompt):
     Raises:
         Mistake: if it does not draw the family, or not from unit noise, which it has no argument for.
     """
-    levels, (_, height, width) = noise_levels(pipe), pipe.latent_shape()
-    if not find_app(pipe).stable_diffusion_cpp:
+    levels, (_, height, width), app = noise_levels(pipe), pipe.latent_shape(), find_app(pipe)
+    if app.stable_diffusion_cpp is None:
         raise Mistake(f"stable-diffusion.cpp does not draw a {pipe.config.family}")
     if abs(levels.factor - 1) > 0.005:
         raise Mistake(
@@ -165,8 +180,13 @@ def stable_diffusion_cpp(pipe, name, prompt):
             "here: only an export with --input_noise scaled, or with t* = 999, runs there"
         )
     prediction = " --prediction v" if pipe.schedule.prediction_type == "v_prediction" else ""
+    model = f"-m {name}.safetensors"
+    if not app.single_file:
+        model = f"--diffusion-model {name}_transformer.safetensors {app.stable_diffusion_cpp.format(name=name)}"
+    if pipe.config.embedded_guidance is not None:
+        prediction += f" --guidance {pipe.config.embedded_guidance}"
     return (
-        f'sd-cli -m {name}.safetensors -p "{prompt}" --sampling-method lcm --steps {len(pipe.timesteps)} '
+        f'sd-cli {model} -p "{prompt}" --sampling-method lcm --steps {len(pipe.timesteps)} '
         f'--sigmas "{levels.text()}" --cfg-scale 1 -W {width * pipe.grid.factor} -H {height * pipe.grid.factor} '
         f"--rng cpu{prediction}"
     )
@@ -206,7 +226,7 @@ def where_it_runs(pipe, name, prompt):
         return "\n".join(rows) + f"\n\nElsewhere: {error}."
     k, graph = f'"{levels.text(4)}"', f"`{name}_workflow.json`"
     rows.append(f"| ComfyUI, sampler `lcm`, cfg 1 | `ManualSigmas` {k} | {levels.factor:.3f} | {graph} |")
-    if app.stable_diffusion_cpp:
+    if app.stable_diffusion_cpp is not None:
         how = attempt(stable_diffusion_cpp, pipe, name, prompt)
         rows.append(f"| stable-diffusion.cpp | `--sigmas` {k} | {levels.factor:.3f}; it has 1 | {how} |")
     if app.task:

@@ -16,6 +16,7 @@ class Chroma(Flux):
     """Chroma: FLUX.1 without CLIP and guidance as an input, whose attention knows T5's padding."""
 
     name = "ChromaPipeline"
+    apps = None
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}

@@ -17,6 +17,41 @@ from pipeline_one_step import (
 )
 
 
+ORIGINAL = """
+img_in = x_embedder
+txt_in = context_embedder
+time_in.in_layer = time_text_embed.timestep_embedder.linear_1
+time_in.out_layer = time_text_embed.timestep_embedder.linear_2
+vector_in.in_layer = time_text_embed.text_embedder.linear_1
+vector_in.out_layer = time_text_embed.text_embedder.linear_2
+guidance_in.in_layer = time_text_embed.guidance_embedder.linear_1
+guidance_in.out_layer = time_text_embed.guidance_embedder.linear_2
+final_layer.adaLN_modulation.1 = ~norm_out.linear
+final_layer.linear = proj_out
+double_blocks.* = transformer_blocks.*:
+    img_mod.lin = norm1.linear
+    img_attn.qkv = attn.to_q attn.to_k attn.to_v
+    img_attn.proj = attn.to_out.0
+    img_attn.norm.query_norm.scale = attn.norm_q.weight
+    img_attn.norm.key_norm.scale = attn.norm_k.weight
+    img_mlp.0 = ff.net.0.proj
+    img_mlp.2 = ff.net.2
+    txt_mod.lin = norm1_context.linear
+    txt_attn.qkv = attn.add_q_proj attn.add_k_proj attn.add_v_proj
+    txt_attn.proj = attn.to_add_out
+    txt_attn.norm.query_norm.scale = attn.norm_added_q.weight
+    txt_attn.norm.key_norm.scale = attn.norm_added_k.weight
+    txt_mlp.0 = ff_context.net.0.proj
+    txt_mlp.2 = ff_context.net.2
+single_blocks.* = single_transformer_blocks.*:
+    modulation.lin = norm.linear
+    linear1 = attn.to_q attn.to_k attn.to_v proj_mlp
+    linear2 = proj_out
+    norm.query_norm.scale = attn.norm_q.weight
+    norm.key_norm.scale = attn.norm_k.weight
+"""  # layers, see `diff_instruct/export/original.py`
+
+
 class Flux(Family):
     """FLUX.1: a transformer over the tokens of image and prompt (T5's states, padding included), with CLIP's pooled
     state; dev takes guidance as an input."""
@@ -28,6 +63,14 @@ class Flux(Family):
         (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
         r"single_transformer_blocks\.\d+\.proj_out",
     )
+    apps = {
+        "original": ORIGINAL,
+        "architecture": "flux",
+        "encoder": ("DualCLIPLoader", "flux", "t5xxl_fp16.safetensors", "clip_l.safetensors"),
+        "latent": "EmptySD3LatentImage",
+        "vae": "ae.safetensors",
+        "stable_diffusion_cpp": "--clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors --vae ae.safetensors",
+    }
     max_sequence_length = 512
     conditions = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
     embedded_guidance = 3.5

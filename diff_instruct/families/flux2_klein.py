@@ -6,6 +6,39 @@ import torch
 from pipeline_one_step import JOINT_ATTENTION, Family, Grid, chats, layers, positions, tokenize
 
 
+ORIGINAL = """
+img_in = x_embedder
+txt_in = context_embedder
+time_in.in_layer = time_guidance_embed.timestep_embedder.linear_1
+time_in.out_layer = time_guidance_embed.timestep_embedder.linear_2
+guidance_in.in_layer = time_guidance_embed.guidance_embedder.linear_1
+guidance_in.out_layer = time_guidance_embed.guidance_embedder.linear_2
+double_stream_modulation_img.lin = double_stream_modulation_img.linear
+double_stream_modulation_txt.lin = double_stream_modulation_txt.linear
+single_stream_modulation.lin = single_stream_modulation.linear
+final_layer.adaLN_modulation.1 = ~norm_out.linear
+final_layer.linear = proj_out
+double_blocks.* = transformer_blocks.*:
+    img_attn.qkv = attn.to_q attn.to_k attn.to_v
+    img_attn.proj = attn.to_out.0
+    img_attn.norm.query_norm.scale = attn.norm_q.weight
+    img_attn.norm.key_norm.scale = attn.norm_k.weight
+    img_mlp.0 = ff.linear_in
+    img_mlp.2 = ff.linear_out
+    txt_attn.qkv = attn.add_q_proj attn.add_k_proj attn.add_v_proj
+    txt_attn.proj = attn.to_add_out
+    txt_attn.norm.query_norm.scale = attn.norm_added_q.weight
+    txt_attn.norm.key_norm.scale = attn.norm_added_k.weight
+    txt_mlp.0 = ff_context.linear_in
+    txt_mlp.2 = ff_context.linear_out
+single_blocks.* = single_transformer_blocks.*:
+    linear1 = attn.to_qkv_mlp_proj
+    linear2 = attn.to_out
+    norm.query_norm.scale = attn.norm_q.weight
+    norm.key_norm.scale = attn.norm_k.weight
+"""  # layers, see `diff_instruct/export/original.py`
+
+
 class Flux2Klein(Family):
     """FLUX.2 klein: a transformer over the tokens of image and prompt (three of Qwen3's states of a chat, padding
     included). A latent is a 2×2 patch of the VAE's, normalised by the VAE's batch statistics."""
@@ -15,6 +48,14 @@ class Flux2Klein(Family):
         (*JOINT_ATTENTION, "linear_in", "linear_out", "to_qkv_mlp_proj"),
         r"single_transformer_blocks\.\d+\.attn\.to_out",
     )
+    apps = {
+        "original": ORIGINAL,
+        "architecture": "flux2",
+        "encoder": ("CLIPLoader", "flux2", "qwen_3_4b.safetensors"),
+        "latent": "EmptyFlux2LatentImage",
+        "vae": "flux2-vae.safetensors",
+        "stable_diffusion_cpp": "--llm qwen_3_4b.safetensors --vae flux2-vae.safetensors",
+    }
     max_sequence_length = 512
     conditions = {"encoder_hidden_states": "prompt_embeds"}
 

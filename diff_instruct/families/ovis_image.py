@@ -18,6 +18,7 @@ class OvisImage(Flux):
     without those of the instruction; padding is zero and attended to)."""
 
     name = "OvisImagePipeline"
+    apps = None
     unused = ()
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None

@@ -13,7 +13,7 @@ class PixArtAlpha(Family):
     flow = False
     timestep = 400  # σ/α = 2.0, as in DMD
     options = {"use_resolution_binning": False, "clean_caption": False}  # they change the size and the prompt
-    apps = {"betas": ("linear", 0.0001, 0.02)}
+    apps = {"betas": ("linear", 0.0001, 0.02), "encoder": ("CLIPLoader", "pixart", "t5xxl_fp16.safetensors")}
     max_sequence_length = 120
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
 

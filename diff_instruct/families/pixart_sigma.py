@@ -9,7 +9,6 @@ class PixArtSigma(PixArtAlpha):
 
     name = "PixArtSigmaPipeline"
     max_sequence_length = 300
-    apps = None
 
     @staticmethod
     def reads_the_size(pipe):

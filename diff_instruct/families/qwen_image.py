@@ -14,6 +14,14 @@ class QwenImage(Family):
     renormalised = "to the norm of c, token by token"
     unguided = {"true_cfg_scale": 1.0}
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    apps = {
+        "original": "",
+        "architecture": "qwen_image",
+        "encoder": ("CLIPLoader", "qwen_image", "qwen_2.5_vl_7b.safetensors"),
+        "latent": "EmptySD3LatentImage",
+        "vae": "qwen_image_vae.safetensors",
+        "stable_diffusion_cpp": "--llm qwen_2.5_vl_7b.safetensors --vae qwen_image_vae.safetensors",
+    }
     max_sequence_length = 512
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
     null_prompt = " "

@@ -17,7 +17,7 @@ class StableDiffusion(Family):
         "betas": ("scaled_linear", 0.00085, 0.012),
         "single_file": True,
         "task": "stable-diffusion",
-        "stable_diffusion_cpp": True,
+        "stable_diffusion_cpp": "",
     }
     conditions = {"encoder_hidden_states": "prompt_embeds"}
 

@@ -19,7 +19,7 @@ class StableDiffusionXL(Family):
         "betas": ("scaled_linear", 0.00085, 0.012),
         "single_file": True,
         "task": "stable-diffusion-xl",
-        "stable_diffusion_cpp": True,
+        "stable_diffusion_cpp": "",
     }
     conditions = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 
