@@ -62,7 +62,8 @@ def empty_network(path, name, library, class_name, **where):
             cls = getattr(diffusers, class_name)
             with init_empty_weights():
                 return cls.from_config(cls.load_config(path, subfolder=name, **where))
-        cls = getattr(transformers, class_name)
+        module = transformers if library == "transformers" else getattr(diffusers.pipelines, library)  # its own class
+        cls = getattr(module, class_name)
         file = cached_file(path, "config.json", subfolder=name, **where)
         if file is None:  # so says transformers, for a folder
             raise FileNotFoundError
