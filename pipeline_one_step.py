@@ -160,6 +160,8 @@ class OneStepPipeline(DiffusionPipeline):
             SIM's checkpoints have it. The same thing at σ = 1.
         max_sequence_length (`int`, defaults to the family's): prompts are cut to this number of tokens.
         embedded_guidance (`float`, defaults to the family's): what networks with guidance as an input are given.
+        sizes (`list` of [height, width], *optional*): in pixels, at which the generator was trained; the first is what
+            it draws if nobody says; by default the network's own.
 
     Raises:
         ValueError: if t* is missing or lies outside the schedule, several do not descend, two networks are given, or a
@@ -201,6 +203,7 @@ class OneStepPipeline(DiffusionPipeline):
         input_noise: str = "unit",
         max_sequence_length: int = None,
         embedded_guidance: float = None,
+        sizes: list[list[int]] = None,
     ):
         super().__init__()
         if transformer is not None and unet is not None:
@@ -229,6 +232,7 @@ class OneStepPipeline(DiffusionPipeline):
             input_noise=input_noise,
             max_sequence_length=max_sequence_length or self.family.max_sequence_length,
             embedded_guidance=embedded_guidance,
+            sizes=sizes,
         )
         first, last = self.schedule.first, self.schedule.last
         self.timesteps = list(timestep) if isinstance(timestep, (list, tuple)) else [timestep]
@@ -300,7 +304,8 @@ class OneStepPipeline(DiffusionPipeline):
         if self.grid is None:
             raise ValueError("this pipeline has no network or no VAE, so it encodes prompts and nothing else")
         grid = self.grid
-        height, width = height or grid.side, width or grid.side
+        own = (self.config.sizes or [[grid.side, grid.side]])[0]
+        height, width = height or own[0], width or own[1]
         if height % grid.multiple or width % grid.multiple:
             raise ValueError(f"height and width must be multiples of {grid.multiple}, but are {height} and {width}")
         return grid.channels, height // grid.factor, width // grid.factor

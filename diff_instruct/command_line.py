@@ -54,6 +54,15 @@ def whole(least, most=None):
     return convert
 
 
+def image_size(value):
+    """The type of an image's size in pixels: of its side, as a whole number, or WIDTHxHEIGHT, as it is typed."""
+    if re.fullmatch(r"[1-9]\d{0,4}", value):
+        return int(value)
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value):
+        raise argparse.ArgumentTypeError(f"must be pixels, as in 1024, or WIDTHxHEIGHT, as in 832x1216, not {value!r}")
+    return value
+
+
 def real(words, fits=lambda x: True):
     """The type of finite numbers for which `fits` is true; `words` say which, after "must be"."""
 

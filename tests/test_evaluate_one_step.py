@@ -117,7 +117,7 @@ def test_figures_are_those_of_the_training_script_s_evaluation(options, export, 
     mix = Mix({"pocket": scorers.pop("pocket")}, {"pocket": 1.0})
     encode = Conditioning(pipe.encode_prompt, "cpu")
     scores = evaluate(
-        Accelerator(), Denoiser(pipe, pipe.denoiser), encode, PROMPTS, 2, pipe.latent_shape(), mix, scorers, 1
+        Accelerator(), Denoiser(pipe, pipe.denoiser), encode, PROMPTS, 2, [pipe.latent_shape()], mix, scorers, 1
     )
     for ours, theirs in (("pocket", "reward"), ("pocket_heldout", "heldout"), ("diversity", "diversity")):
         mean, interval = mean_with_interval(scores[theirs])

@@ -109,6 +109,7 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
     assert lora_file.is_file() == (lora > 0 and loads_lora)
     told = "loads no LoRA files" in (out / "README.md").read_text()
     assert told == (lora > 0 and not loads_lora)
+    assert lora == 0 or f"`{STOCK[family].name}" in (out / "README.md").read_text()
     if lora_file.is_file():
         reference.load_lora_weights(out)
         images = one_step(reference, T_STAR[family], prompt=prompts, latents=z)

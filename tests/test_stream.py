@@ -73,7 +73,7 @@ def test_two_processes_draw_what_one_draws(tmp_path, n, files):
     dataset = numbered(tmp_path, n, files)
 
     def draws(rank, world, batch):
-        sampler = Sampler(PromptStream(dataset, 0, 50, rank, world), (1, 2, 2), batch, 5, rank, world)
+        sampler = Sampler(PromptStream(dataset, 0, 50, rank, world), [(1, 2, 2)], batch, 5, rank, world)
         return [sampler() for _ in range(6)], sampler.state_dict()
 
     one, state = draws(0, 1, 8)
@@ -89,12 +89,12 @@ def test_two_processes_draw_what_one_draws(tmp_path, n, files):
 
 def test_a_sampler_continues_with_another_number_of_processes(tmp_path):
     dataset = numbered(tmp_path, 9, 2)
-    one = Sampler(PromptStream(dataset, 0, 50), (1, 2, 2), 4, 5)
+    one = Sampler(PromptStream(dataset, 0, 50), [(1, 2, 2)], 4, 5)
     one()
     expected = [one(), one()]
-    half = Sampler(PromptStream(dataset, 0, 50, 1, 2), (1, 2, 2), 2, 5, 1, 2)
+    half = Sampler(PromptStream(dataset, 0, 50, 1, 2), [(1, 2, 2)], 2, 5, 1, 2)
     half()
-    again = Sampler(PromptStream(dataset, 0, 50), (1, 2, 2), 8, 5)
+    again = Sampler(PromptStream(dataset, 0, 50), [(1, 2, 2)], 8, 5)
     again.load_state_dict(half.state_dict())
     draw = again()
     assert draw.prompts == expected[0].prompts + expected[1].prompts
@@ -150,7 +150,7 @@ def test_a_stream_that_stays_broken(waits):
 
 
 def test_a_step_reads_its_prompts_before_it_begins(waits):
-    sampler = Sampler(PromptStream(breaking(99, at=15), 0, 4), (1, 2, 2), 3, 5)
+    sampler = Sampler(PromptStream(breaking(99, at=15), 0, 4), [(1, 2, 2)], 3, 5)
     sampler.read_ahead(2)
     with pytest.raises(StreamBroken):
         sampler.read_ahead(99)

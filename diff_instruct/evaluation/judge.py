@@ -64,7 +64,7 @@ def judge_images(pixels, prompts, reward, heldout, batch_size=16):
 
 
 @torch.no_grad()
-def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, reward, heldout, batch_size):
+def evaluate(accelerator, generator, encode, prompts, n_images, latent_shapes, reward, heldout, batch_size):
     """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
 
     All draw for equally many, the last one again where there is none left: a sharded generator takes all processes.
@@ -72,6 +72,7 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, re
     Args:
         generator ([`Denoiser`]): with the weights that are to be judged.
         encode: prompts to conditioning.
+        latent_shapes: (C, H, W) of each size; the prompts take them in turn.
         reward ([`Mix`]): what is trained on.
         heldout (`dict`): scorers by name, may be empty.
         batch_size: images that are decoded and scored at a time.
@@ -84,7 +85,8 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shape, re
     rows = []
     for first in range(0, len(prompts), accelerator.num_processes):
         i = min(first + accelerator.process_index, len(prompts) - 1)
-        z, c = fixed_noise(latent_shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
+        shape = latent_shapes[i % len(latent_shapes)]
+        z, c = fixed_noise(shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
         x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
         pixels = torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
         row = judge_images(pixels, c, reward, heldout, batch_size)
@@ -102,21 +104,23 @@ class Judge:
     Args:
         generator ([`Denoiser`]), trained ([`Trained`]): its average is judged, if it has one.
         encode: prompts to conditioning.
-        prompts: to score; pictures: to draw.
+        prompts: to score; pictures: to draw, in the first size.
         n_images: for each of the prompts to score.
         batch_size: images decoded and scored at a time.
     """
 
-    def __init__(self, accelerator, generator, trained, encode, prompts, pictures, latent_shape, n_images, batch_size):
+    def __init__(
+        self, accelerator, generator, trained, encode, prompts, pictures, latent_shapes, n_images, batch_size
+    ):
         self.accelerator, self.generator, self.trained, self.encode = accelerator, generator, trained, encode
-        self.prompts, self.pictures, self.latent_shape = prompts, pictures, latent_shape
+        self.prompts, self.pictures, self.latent_shapes = prompts, pictures, latent_shapes
         self.n_images, self.batch_size = n_images, batch_size
-        self.noise = fixed_noise(latent_shape, 0, len(pictures)).to(accelerator.device)
+        self.noise = fixed_noise(latent_shapes[0], 0, len(pictures)).to(accelerator.device)
 
     def __call__(self, reward, heldout, n_prompts=None):
         """(scores as `evaluate` gives them, of the first `n_prompts` or all; pictures (B, 3, H, W) in [0, 1])."""
-        prompts, shape = self.prompts[:n_prompts], self.latent_shape
-        options = self.n_images, shape, reward, heldout, self.batch_size
+        prompts, shapes = self.prompts[:n_prompts], self.latent_shapes
+        options = self.n_images, shapes, reward, heldout, self.batch_size
         with self.trained.averaged():
             scores = evaluate(self.accelerator, self.generator, self.encode, prompts, *options)
             return scores, draw(self.generator, self.encode, self.pictures, self.noise)

@@ -148,7 +148,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         folder: where the export is written.
     """
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).exists()
-    stock_class, prompt, name = family.stock, prompts[0], Path(args.output_dir).resolve().name
+    prompt, name = prompts[0], Path(args.output_dir).resolve().name
     lora = (folder / LORA_WEIGHTS).is_file()
     entries = eval_results(args, summary, date.today().isoformat())
     if entries:
@@ -163,8 +163,9 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         method=method_of(args).name,
         citations="\n\n".join(method.bibtex for method in dict.fromkeys([METHODS["di++"], method_of(args)])),
         timesteps=pipe.timesteps,
+        sizes=", ".join(f"{width}×{height}" for height, width in pipe.config.sizes or ()),
         stock_call=stock_call(pipe, prompt),
-        stock_class=stock_class.__name__,
+        stock_class=family.name,
         lora=lora,
         merged=args.lora_rank > 0 and not lora,
         denoiser=family.denoiser,

@@ -139,7 +139,17 @@ def read_networks(source, family, index, vae=None):
     return networks
 
 
+def sizes_of(resolution):
+    """[(height, width)] of `--resolution`: a side, WIDTHxHEIGHT, or a list of these; [] where it is None."""
+    if resolution is None:
+        return []
+    given = resolution if isinstance(resolution, list) else [resolution]
+    return [(size, size) if isinstance(size, int) else tuple(map(int, size.split("x")))[::-1] for size in given]
+
+
 def check_resolution(resolution, grid, path):
     """Raises Mistake for a resolution that the latents cannot make; None is the model's own."""
-    if resolution is not None and (resolution < grid.multiple or resolution % grid.multiple):
-        raise Mistake(f"--resolution {resolution} cannot be made by {path}: it must be a multiple of {grid.multiple}")
+    for height, width in sizes_of(resolution):
+        if any(side < grid.multiple or side % grid.multiple for side in (height, width)):
+            named = height if height == width else f"{width}x{height}"
+            raise Mistake(f"--resolution {named} cannot be made by {path}: it must be a multiple of {grid.multiple}")

@@ -107,4 +107,5 @@ def one_step_pipeline(models, stock, network):
         family=models.family.name,
         input_noise=models.input_noise,
         embedded_guidance=models.embedded_guidance,
+        sizes=[list(size) for size in models.sizes] or None,
     )

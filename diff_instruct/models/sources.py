@@ -11,6 +11,7 @@ from diff_instruct.models.configs import (
     read_index,
     read_networks,
     read_schedule,
+    sizes_of,
 )
 from diff_instruct.models.lora import lora_targets
 from diff_instruct.models.single_file import config_of, converted, is_single_file
@@ -33,6 +34,7 @@ class Models:
         has_null: whether the reference knows ∅, so whether it can be guided.
         embedded_guidance: of networks that have guidance as an input; None is the family's.
         lora_targets: the layers that get adapters, as peft's `target_modules`; None is the family's.
+        sizes: (height, width) of each size that is trained, in pixels; empty: the reference's own.
     """
 
     reference: ModelSource
@@ -46,11 +48,17 @@ class Models:
     has_null: bool = True
     embedded_guidance: float | None = None
     lora_targets: tuple | str | None = None
+    sizes: tuple = ()
 
     @property
     def denoiser(self):
         """Name of the network that denoises."""
         return self.family.denoiser
+
+    @property
+    def image_sizes(self):
+        """(height, width) of the pictures, in pixels, the first one first of all."""
+        return self.sizes or ((self.grid.side, self.grid.side),)
 
     @property
     def grid(self):
@@ -144,7 +152,7 @@ def models_of(args):
     lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
     models = read_models(reference, generator, vae, *asked, lora)
     targets = lora_targets(args.lora_target_modules, models.family, models.networks[models.denoiser])
-    models = replace(models, lora_targets=targets)
+    models = replace(models, lora_targets=targets, sizes=tuple(sizes_of(args.resolution)))
     scales = {"cfg_scale": args.cfg_scale} | (
         {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
     )

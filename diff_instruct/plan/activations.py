@@ -1,6 +1,7 @@
 """What a run holds beside weights, before anything is loaded: Algorithm 1 on tensors that have no contents."""
 
 import copy
+import math
 import weakref
 from argparse import Namespace
 from contextlib import nullcontext
@@ -165,6 +166,7 @@ def hollow_actors(args, models, roles, dtype, autocast, fake):
         family=models.family.name,
         input_noise=models.input_noise,
         embedded_guidance=models.embedded_guidance,
+        sizes=[list(size) for size in models.sizes] or None,
     )
     pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
     return pipe, {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
@@ -188,7 +190,7 @@ def activations(args, models, mixed_precision):
     size, n, decoded = args.train_batch_size, len(pipe.timesteps) - 1, args.reward_batch_size or args.train_batch_size
 
     with fake, Live() as live:
-        shape = pipe.latent_shape(args.resolution, args.resolution)
+        shape = pipe.latent_shape(*max(models.image_sizes, key=math.prod))
 
         def batch(b):
             with torch.no_grad():

@@ -170,26 +170,31 @@ class Sampler:
 
     Args:
         prompts: a [`PromptStream`].
+        latent_shapes: (C, H, W) of each size that is trained; of several, each call draws one, all processes the same.
         steps (`int`): n, those of the generator.
     """
 
     def __init__(
-        self, prompts, latent_shape, batch_size, seed, process_index=0, num_processes=1, device="cpu", steps=1
+        self, prompts, latent_shapes, batch_size, seed, process_index=0, num_processes=1, device="cpu", steps=1
     ):
-        self.prompts, self.latent_shape, self.batch_size, self.seed = prompts, latent_shape, batch_size, seed
+        self.prompts, self.latent_shapes, self.batch_size, self.seed = prompts, latent_shapes, batch_size, seed
         self.process_index, self.num_processes, self.device = process_index, num_processes, device
         self.steps, self.drawn = steps, 0
 
     def __call__(self):
         """A [`Draw`] of `batch_size` samples."""
         prompts, noise, uniform, further, step = [], [], [], [], []
+        shape = self.latent_shapes[0]
+        if len(self.latent_shapes) > 1:
+            rng = np.random.default_rng([self.seed, self.drawn, len(self.latent_shapes)])
+            shape = self.latent_shapes[rng.integers(len(self.latent_shapes))]
         for _ in range(self.batch_size):
             entropy = np.random.SeedSequence([self.seed, self.drawn + self.process_index])
             rng = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             prompts.append(next(self.prompts))
-            noise.append(torch.randn(2, *self.latent_shape, generator=rng))
+            noise.append(torch.randn(2, *shape, generator=rng))
             uniform.append(torch.rand((), generator=rng))
-            further.append(torch.randn(self.steps - 1, *self.latent_shape, generator=rng))
+            further.append(torch.randn(self.steps - 1, *shape, generator=rng))
             step.append(torch.randint(self.steps, (), generator=rng))
             self.drawn += self.num_processes
         z, eps = torch.stack(noise, dim=1).to(self.device)

@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType
 from diff_instruct.command_line import (
     decay,
     fraction,
+    image_size,
     natural,
     non_negative,
     positive,
@@ -77,7 +78,13 @@ def add_model_arguments(parser):
         type=text,
         help="another VAE with the same latents, for example one that is stable in half precision",
     )
-    g.add_argument("--resolution", type=positive_int, help="pixels of an image's side; default: the reference's")
+    g.add_argument(
+        "--resolution",
+        type=image_size,
+        nargs="+",
+        help="pixels of an image's side, or WIDTHxHEIGHT; of several, each batch draws one, and the held-out prompts "
+        "are judged with one after the other; default: the reference's",
+    )
     g.add_argument(
         "--reference_lora",
         type=text,

@@ -76,6 +76,8 @@ def parse_args(input_args=None):
         args.train_prompts, args.eval_prompts = given.train_prompts, given.eval_prompts
     if on_pocket and given.heldout_reward is None and args.eval_prompts != parser.get_default("eval_prompts"):
         args.heldout_reward = [name for name in args.heldout_reward if name != "pocket_truth"]  # of its sentences only
+    if args.resolution is not None and len(args.resolution) == 1:
+        (args.resolution,) = args.resolution
     if args.reward is None:
         args.reward = [NO_REWARD] if args.reward_scale == 0 else ["image_reward"]
     if args.hub_token is not None:

@@ -79,7 +79,7 @@ def summary_of(run):
 def draw_the_reference(run):
     """The reference's own pictures of the validation prompts, on all processes: a sharded network is whole on none."""
     known, actors = run.known, run.actors
-    size = [n * known.models.grid.factor for n in run.judge.latent_shape[1:]]
+    size = [n * known.models.grid.factor for n in run.judge.noise.shape[2:]]
     with actors.ref.act(), run.encode.encoding():
         return draw_reference(
             known.models, actors.stock, known.validation_prompts, run.judge.noise, size, run.args.cfg_scale

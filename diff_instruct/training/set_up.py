@@ -217,7 +217,7 @@ def load(args, accelerator, known, started):
             encode,
             prompts=known.eval_prompts,
             pictures=known.validation_prompts,
-            latent_shape=draws.sampler.latent_shape,
+            latent_shapes=draws.sampler.latent_shapes,
             n_images=args.num_eval_images,
             batch_size=args.reward_batch_size or args.train_batch_size,
         ),
@@ -259,7 +259,7 @@ def make_draws(args, accelerator, known, pipe, encode):
     )
     sampler = Sampler(
         stream,
-        pipe.latent_shape(args.resolution, args.resolution),
+        [pipe.latent_shape(*size) for size in known.models.image_sizes],
         args.train_batch_size,
         args.seed,
         process_index=index,
