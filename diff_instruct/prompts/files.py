@@ -134,16 +134,19 @@ def generate_rows(files, names, source):
 
 def rows_of_files(files, names, source):
     """(file, row) of every row of local files, as `open_prompts` has them."""
-    text = next(iter(names))
+    text, places = next(iter(names)), {file: place_of(file, source) for file in files}
     for file, number, row in read_rows(files, source, list(names)):
         cells = {new: row.get(old) if isinstance(row, dict) else None for old, new in names.items()}
         why = row if isinstance(row, str) else "" if text in row else f"without `{text}`"
-        place = f"{place_of(file, source)}:{number}" if Path(file).stem != "*" else number
+        place = f"{places[file]}:{number}" if places[file] else number
         yield file, choose_caption({**cells, "place": place, "problem": why}, source)
 
 
 def place_of(file, source):
-    """A file's name, from its folder on if it is in one below that of the source."""
+    """A file's name, from its folder on if it is in one below that of the source; none of captions beside pictures,
+    whose numbers are names."""
+    if Path(file).stem == "*":
+        return ""
     return str(Path(file).relative_to(source.path)) if Path(source.path).is_dir() else Path(file).name
 
 

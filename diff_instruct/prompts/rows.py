@@ -55,6 +55,8 @@ def captions(row):
 
 def same(text):
     """Equal for prompts that differ in case, white space or Unicode form alone."""
+    if text.isascii():  # most are, and it takes a fifth of the time
+        return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 

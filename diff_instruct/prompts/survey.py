@@ -57,7 +57,6 @@ class Count:
 
     def add(self, row, why, file=None, judged=False):
         """Count a row of `open_prompts`, with its `problem`."""
-        before = self.skipped.faults
         if why is None:
             self.used += 1
             self.judged += judged
@@ -67,7 +66,7 @@ class Count:
             self.skipped.add(row, why)
         if file is not None:
             seen = self.files.setdefault(file, [0, 0])
-            seen[0] += why is None or self.skipped.faults > before
+            seen[0] += why not in NO_ROWS
             seen[1] += why is None
 
     def fault(self):
@@ -115,7 +114,7 @@ class Prompts(NamedTuple):
 
 def is_judged(row, judged):
     """Whether one of the captions of a row is among the judged ones, a set of `same`."""
-    return problem(row) is None and any(same(text) in judged for text in captions(row))
+    return len(judged) > 0 and problem(row) is None and any(same(text) in judged for text in captions(row))
 
 
 def all_rows(source):
