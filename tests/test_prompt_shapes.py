@@ -272,7 +272,7 @@ def test_more_than_one_percent_stops(tmp_path, capsys):
     line = "a.csv: 200 rows read, 199 used, 4 of them to judge with and not to train on, 1 left out: 1 blank (first "
     assert line in capsys.readouterr().out
     told = {"rows": 200, "used": 199, "judged": 4, "left_out": {"blank": 1}, "first_left_out": {"blank": "a.csv:52"}}
-    assert rows_read(count, None) == {**told, "all_read": True}
+    assert rows_read(count, None) == {**told, "all_read": True, "cut": None}
     file.write_text("id,prompt\n" + "".join(rows) + "x,\n1,2,3\ny,\n")
     with pytest.raises(Mistake, match=r"3 of 202 rows cannot be used: 2 blank \(first a.csv:201\), 1 more cells than"):
         load_prompts(PromptSource(str(file), **NAMED), None, 4)
@@ -307,6 +307,7 @@ def test_a_streamed_data_set_is_counted_as_it_comes(tmp_path, capsys):
     list(islice(stream, 4000))
     assert rows_read(count, stream) == {
         "rows": 3096, "used": 2996, "left_out": {"null": 100}, "first_left_out": {"null": "'None'"}, "all_read": True,
+        "cut": None,
     }  # fmt: skip
     with pytest.raises(Mistake, match="of 1,"):
         pd.DataFrame({"prompt": rows[::-1]}).to_parquet(tmp_path / "train.parquet")
