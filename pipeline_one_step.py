@@ -26,7 +26,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 if __name__.startswith("diffusers_modules."):
@@ -151,6 +151,7 @@ class OneStepPipeline(DiffusionPipeline):
     Args:
         tokenizer, text_encoder: turn the prompt into the conditioning c: T5 for PixArt-α, CLIP for Stable Diffusion.
         tokenizer_2, text_encoder_2: the second ones of SDXL, SD3 and FLUX.1; tokenizer_3, text_encoder_3: SD3's T5.
+        processor: has the tokenizer, where the text encoder is one of pictures, too (Qwen-Image 2.1).
         vae: decodes latents to pixels.
         transformer, unet: the generator, one of the two, whichever the family has.
         scheduler: holds the noise schedule and the prediction type; it is not stepped here.
@@ -176,6 +177,7 @@ class OneStepPipeline(DiffusionPipeline):
         "text_encoder_2",
         "tokenizer_3",
         "text_encoder_3",
+        "processor",
         "transformer",
         "unet",
     ]
@@ -198,6 +200,7 @@ class OneStepPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
+        processor: ProcessorMixin = None,
         timestep: int | list[int] = None,
         family: str = None,
         input_noise: str = "unit",
@@ -215,6 +218,7 @@ class OneStepPipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2,
             tokenizer_3=tokenizer_3,
             text_encoder_3=text_encoder_3,
+            processor=processor,
             vae=vae,
             transformer=transformer,
             unet=unet,
@@ -377,7 +381,12 @@ class OneStepPipeline(DiffusionPipeline):
         return on_step_end(further, self.estimate(network, x_t, t, c))
 
     def decode(self, x0):
-        """Pixels (B, 3, H, W), float32, nominally in [0, 1] but not clamped, of latents x0; differentiable."""
+        """Pixels (B, 3, H, W), float32, nominally in [0, 1], of latents x0; differentiable, beyond that range, too.
+        What is transparent lies on white."""
+        return self.family.opaque(self.pixels(x0))
+
+    def pixels(self, x0):
+        """As `decode`, not clamped, with transparency as a fourth channel where the model has it."""
         upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
         if upcast:
             self.vae.float()  # SDXL's overflows in half precision
@@ -425,7 +434,8 @@ class OneStepPipeline(DiffusionPipeline):
                 prompt_attention_mask ((B, L)), pooled_prompt_embeds ((B, D)) or, of a second text encoder,
                 prompt_embeds_2 ((B, L_2, D_2)) and prompt_attention_mask_2 ((B, L_2)), where the family has them; or
                 what `encode_prompt` gives.
-            output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent".
+            output_type (`str`, defaults to "pil"): "pil", "np", "pt" ((B, 3, H, W) in [0, 1]) or "latent". Models
+                that know transparency give a fourth channel.
             return_dict (`bool`, defaults to `True`): return `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): `callback(pipe, i, t, {"latents": latents})` after step i
                 gives a `dict`, whose latents replace these: x_t of the next step, and x0 after the last.
@@ -485,7 +495,7 @@ class OneStepPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = x0
         else:
-            pixels = self.decode(x0) * 2 - 1
+            pixels = self.pixels(x0) * 2 - 1
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -565,6 +575,7 @@ class Family:
     renormalised = None  # what the stock does to guidance that is not ∅ + α (c − ∅) and cannot be turned off
     optional = ()  # text encoders that a published pipeline may lack
     unused = ()  # parts of the stock pipeline that text-to-image does not need
+    alone = False  # whether the stock's picture of a prompt depends on the others of a call, so that it gets its own
     assumed = {}  # settings in the stock's `model_index.json` that the methods below take for granted
     options = {}  # arguments with which the stock pipeline draws just what it is asked for
     unguided = {"guidance_scale": 1.0}  # its arguments for c alone
@@ -611,10 +622,15 @@ class Family:
 
     @staticmethod
     def decode(pipe, x0):
-        """The VAE's pixels (B, 3, H, W), nominally in [−1, 1]."""
+        """The VAE's pixels (B, 3, H, W), nominally in [−1, 1]; or (B, 4, H, W), if it knows transparency."""
         config = pipe.vae.config
         latents = x0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+
+    @staticmethod
+    def opaque(pixels):
+        """What one sees of pixels in [0, 1], (B, 3, H, W): those of `decode`, without transparency."""
+        return pixels
 
     @staticmethod
     def guide(alpha, embedded, n):
@@ -660,7 +676,9 @@ class Family:
     def stock_setup(cls):
         """Lines of Python that make `stock`, the stock pipeline around the parts of an export, `pipe`."""
         if cls.flow:
-            return f"from diffusers import {cls.name}\nstock = {cls.name}.from_pipe(pipe)\n"
+            needed = [name for name in cls.unused if name not in cls.stock()._optional_components]
+            without = "".join(f", {name}=None" for name in needed)
+            return f"from diffusers import {cls.name}\nstock = {cls.name}.from_pipe(pipe{without})\n"
         scheduler = "scheduler=LCMScheduler.from_config(pipe.scheduler.config)"
         return f"from diffusers import LCMScheduler, {cls.name}\nstock = {cls.name}.from_pipe(pipe, {scheduler})\n"
 

@@ -6,6 +6,7 @@ told here: time, sign, packing, masks, positions and guidance are compared as th
 
 import inspect
 from contextlib import contextmanager
+from numbers import Number
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def rows(arguments, n):
 
 def without_padding(row):
     """A row whose tokens of the prompt that are masked are left out, so that other lengths of padding do not count;
-    of positions of prompt and picture in one, too."""
+    of positions of prompt and picture in one, too. Some are told numbers of tokens, `text_lens` of `text_...`."""
+    for lens in [k for k in row if k.endswith("_lens")]:
+        row = {k: v[: row[lens]] if k.startswith(lens[:-4]) and k != lens else v for k, v in row.items()}
     masks = [k for k, v in row.items() if "mask" in k and isinstance(v, torch.Tensor) and v.ndim == 1 and len(v) > 1]
     for name in masks:
         mask, end = row[name].bool(), name.endswith("_2")  # of a second encoder
@@ -69,7 +72,7 @@ def leaves(value, name=""):
     elif isinstance(value, (list, tuple)):
         for i, v in enumerate(value):
             yield from leaves(v, f"{name}.{i}")
-    elif value is not None and not isinstance(value, (bool, str)):
+    elif isinstance(value, (torch.Tensor, Number)) and not isinstance(value, bool):  # and not what caches them
         yield name, torch.as_tensor(value).double()
 
 
@@ -161,17 +164,18 @@ def evaluations(family, encode, t, prompts, size, dtype, scale):
         with noted(pipe.denoiser) as theirs, predictions(own.scheduler) as steps:
             own.set_progress_bar_config(disable=True)
             pipe.family.set_guidance(own, scale)
-            own(
-                prompt=list(prompts),
-                latents=pipe.family.stock_latents(z, sigma),
-                height=size[0],
-                width=size[1],
-                num_inference_steps=1,
-                output_type="latent",
-                **pipe.family.guide(scale, pipe.config.embedded_guidance, len(prompts)),
-                **{**pipe.family.options, **asked},
-            )
-    output, x_t, result = (pipe.family.from_tokens(x, z.shape)[:, : shape[0]] for x in steps[0])
+            for rows in torch.arange(len(z)).split(1 if pipe.family.alone else len(z)):
+                own(
+                    prompt=[prompts[i] for i in rows],
+                    latents=pipe.family.stock_latents(z[rows], sigma),
+                    height=size[0],
+                    width=size[1],
+                    num_inference_steps=1,
+                    output_type="latent",
+                    **pipe.family.guide(scale, pipe.config.embedded_guidance, len(rows)),
+                    **{**pipe.family.options, **asked},
+                )
+    output, x_t, result = (pipe.family.from_tokens(torch.cat(x), z.shape)[:, : shape[0]] for x in zip(*steps))
     if models.family.flow:  # one step to σ = 0 arrives at x̂0
         expected = result.float() / own.scheduler.config.get("sigma_data", 1.0)
     else:

@@ -69,13 +69,14 @@ class Flux2Klein(Family):
 
     @staticmethod
     def denoise(pipe, network, x_t, t, c):
+        guidance = pipe.config.embedded_guidance  # dev's
         (b, _, height, width), c = x_t.shape, c["encoder_hidden_states"].to(x_t.dtype)
         txt_ids = torch.zeros(b, c.shape[1], 4, device=t.device)
         txt_ids[..., 3] += torch.arange(c.shape[1], device=t.device)
         output = network(
             hidden_states=x_t.flatten(2).transpose(1, 2),
             timestep=t.to(x_t.dtype) / pipe.schedule.steps,
-            guidance=None,
+            guidance=None if guidance is None else torch.full((b,), guidance, device=t.device),
             encoder_hidden_states=c,
             txt_ids=txt_ids,
             img_ids=positions(height, width, 4, t.device).expand(b, -1, -1),
@@ -89,9 +90,10 @@ class Flux2Klein(Family):
         return Grid(network.in_channels, factor, factor, 64 * factor)
 
     @staticmethod
-    def decode(pipe, x0):
+    def decode(pipe, x0, eps=None):
         statistics, (b, c, h, w) = pipe.vae.bn, x0.shape
-        std = (statistics.running_var.to(x0) + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        eps = pipe.vae.config.batch_norm_eps if eps is None else eps
+        std = (statistics.running_var.to(x0) + eps).sqrt().view(1, -1, 1, 1)
         x0 = (x0 * std + statistics.running_mean.to(x0).view(1, -1, 1, 1)).view(b, c // 4, 2, 2, h, w)
         latents = x0.permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]

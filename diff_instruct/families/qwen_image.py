@@ -60,7 +60,7 @@ class QwenImage(Family):
         return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
 
     @staticmethod
-    def decode(pipe, x0):
+    def decode(pipe, x0, **options):
         """Through the VAE's parts: its `decode` clamps, and beyond [−1, 1] a reward would have no gradient; in tiles
         or slices, which training has no use for, through `decode`."""
         vae = pipe.vae
@@ -73,7 +73,7 @@ class QwenImage(Family):
         latents = (x0 * std + mean).to(vae.dtype).unsqueeze(2)
         if vae.use_tiling or vae.use_slicing:
             return vae.decode(latents, return_dict=False)[0][:, :, 0]
-        return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
+        return vae.decoder(vae.post_quant_conv(latents), **options)[:, :, 0]
 
     @staticmethod
     def guide(alpha, embedded, n):

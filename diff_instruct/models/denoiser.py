@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from diff_instruct.models.lora import acting, lora_layers
+from diff_instruct.models.sharding import is_chosen
 from diff_instruct.objectives import Guided, denoising_loss, guide
 
 
@@ -56,20 +57,20 @@ class Denoiser:
 
         Args:
             interval: the fractions of the schedule between which guidance acts; elsewhere the estimate for ∅ is that
-                for c, and is not asked for (Kynkäänniemi et al., arXiv 2404.07724).
+                for c, and is not asked for (Kynkäänniemi et al., arXiv 2404.07724); but where each prompt is a call
+                of its own it is, with FSDP2, since all processes must take equally many.
         """
         if cfg_scale == 1:
             cond = self.x0(x_t, t, c)
             return Guided(cond, cond, cond)
-        if tuple(interval) == (0, 1):
-            acts = torch.arange(len(t), device=t.device)  # without a look at t, which a GPU would have to wait for
-        else:
-            low, high = (fraction * self.schedule.steps for fraction in interval)
-            acts = ((low <= t) & (t <= high)).nonzero().flatten()
+        low, high = (fraction * self.schedule.steps for fraction in interval)
+        inside, acts = (low <= t) & (t <= high), torch.arange(len(t), device=t.device)
+        if tuple(interval) != (0, 1) and not (self.pipe.family.alone and is_chosen()):
+            acts = inside.nonzero().flatten()  # a look at t, which a GPU waits for
         c_and_null = stacked(c, {k: v[acts] for k, v in null.items()})
         both = self.x0(torch.cat([x_t, x_t[acts]]), torch.cat([t, t[acts]]), c_and_null)
         cond, uncond = both.split([len(t), len(acts)])
-        uncond = cond.index_copy(0, acts, uncond)
+        uncond = torch.where(inside.view(-1, 1, 1, 1), cond.index_copy(0, acts, uncond), cond)
         return Guided(cond, uncond, guide(cond, uncond, cfg_scale))
 
     def loss(self, x_t, eps, t, c):

@@ -32,7 +32,16 @@ def sample(
     z, prompts = z.to(getattr(stock, family.denoiser).dtype), [p for p in prompts for _ in range(num_images)]
     height, width = size
     family.set_guidance(stock, cfg_scale)
-    return stock(
+    if family.alone and len(prompts) > 1:
+        own = generator if isinstance(generator, list) else [generator] * len(prompts)
+        rest = steps, cfg_scale, size, 1
+        return torch.cat(
+            [
+                sample(models, stock, [p], z[i : i + 1], *rest, own[i], output_type, **options)
+                for i, p in enumerate(prompts)
+            ]
+        )
+    images = stock(
         prompt=prompts,
         latents=family.stock_latents(z),
         num_inference_steps=steps,
@@ -44,6 +53,7 @@ def sample(
         **family.options,
         **options,
     ).images.float()
+    return images if output_type == "latent" else family.opaque(images)
 
 
 def sample_latents(models, stock, prompts, z, steps, cfg_scale, size):

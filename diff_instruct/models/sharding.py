@@ -39,7 +39,7 @@ def place(network, device, dtype):
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "reshard_after_forward": True,  # of the rest, too: what is kept would not see a step that is taken meanwhile
     }
-    blocks = network._no_split_modules or ()
+    blocks = network._no_split_modules or getattr(network, "_repeated_blocks", None) or ()
     name = type(network).__name__
     for module in reversed([m for m in network.modules() if type(m).__name__ in blocks]):  # the inner ones first
         fully_shard(module, **options)

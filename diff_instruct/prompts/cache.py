@@ -152,14 +152,14 @@ def encoder_key(components, *settings):
     """A string that differs where embeddings do: other weights, precision, vocabulary or settings; wherever it lies.
 
     Args:
-        components (`dict`): of a pipeline, by name; its tokenizers and text encoders count.
+        components (`dict`): of a pipeline, by name; its tokenizers, processors and text encoders count.
         settings: whatever else `encode_prompt` depends on, for example the family's name and `max_sequence_length`.
     """
     key = {"settings": [str(setting) for setting in settings]}
     for name, part in sorted(components.items()):
-        if name.startswith("tokenizer") and part is not None:
-            template = getattr(part, "chat_template", None)
-            told = [sorted(part.get_vocab().items()), part.model_max_length, part.padding_side, template]
+        if name.startswith(("tokenizer", "processor")) and part is not None:
+            words, template = getattr(part, "tokenizer", part), getattr(part, "chat_template", None)
+            told = [sorted(words.get_vocab().items()), words.model_max_length, words.padding_side, template]
             key[name] = [type(part).__name__, digest(json.dumps(told)).hex()]
         elif name.startswith("text_encoder") and part is not None:
             key[name] = [type(part).__name__, str(part.dtype), checksum(part.state_dict())]

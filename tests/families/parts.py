@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -28,8 +29,10 @@ from tests.tiny import tiny_tokenizer
 
 SIDE = 32  # pixels
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n{% if not enable_thinking %}<think></think>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think></think>\n{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -105,6 +108,25 @@ def tiny_qwen3_vl(cls, layers=2, std=0.2):
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
     return tokenizer, randomised(cls(config), std)
+
+
+def tiny_mistral3(cls, layers=2, std=0.2):
+    tokenizer = tiny_qwen_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = {"model_type": "mistral", "num_hidden_layers": layers, "num_key_value_heads": 1, "sliding_window": None}
+    vision = {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    config = Mistral3Config(
+        text_config={**size, **text, "vocab_size": len(tokenizer) + 4, "max_position_embeddings": 2048},
+        vision_config={**size, **vision},
+    )
+    return tokenizer, randomised(cls(config), std)
+
+
+def with_statistics(vae):
+    """FLUX.2's VAE, whose latents are normalised by what its batch normalisation has seen."""
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
 
 
 def qwen_vae():
