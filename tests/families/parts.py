@@ -10,9 +10,11 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPImageProcessor,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     Mistral3Config,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -127,6 +129,13 @@ def with_statistics(vae):
     vae.bn.running_mean.normal_(std=0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
     return vae
+
+
+def processor_of(tokenizer):
+    """Stands in for Qwen3-VL's, which needs torchvision, and does the same with text."""
+    tokenizer.add_tokens(["<|image_pad|>"], special_tokens=True)
+    template = {"chat_template": tokenizer.chat_template}
+    return LlavaProcessor(CLIPImageProcessor(), tokenizer, image_token="<|image_pad|>", **template)
 
 
 def qwen_vae():
