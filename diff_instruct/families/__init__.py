@@ -14,6 +14,9 @@ from diff_instruct.mistake import Mistake
 from pipeline_one_step import Family, OneStepPipeline
 
 
+OURS = ("diff_instruct", "pipeline_one_step")  # modules whose definitions stand in an export's own file
+
+
 def self_contained(family):
     """The text of an export's `pipeline_one_step.py`: the core, and after it what the family's file defines; before
     that what those define that it builds on."""
@@ -22,7 +25,7 @@ def self_contained(family):
         text = Path(inspect.getsourcefile(cls)).read_text()
         docstring, *body = ast.parse(text).body
         nodes = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        imports += [ast.unparse(n) for n in nodes if isinstance(n, ast.Import)]
+        imports += [ast.unparse(n) for n in nodes if not getattr(n, "module", "").startswith(OURS)]
         definitions.append("\n".join(text.splitlines()[nodes[-1].end_lineno :]).strip())
     new = [line for line in dict.fromkeys(imports) if f"{line}\n" not in core]
     core = core.replace("\nimport ", "".join(f"\n{line}" for line in new) + "\nimport ", 1)
