@@ -47,9 +47,12 @@ def draw(pipe, n=2, **call):
 
 def draw_stock(pipe, stock, n=2):
     """The stock pipeline's pictures of the same noise, as the model card has the call."""
-    (height, width), latents = size(pipe), pipe.family.stock_latents(noise(pipe, n))
-    call = {**pipe.family.stock_arguments(pipe), "latents": latents, "height": height, "width": width}
-    return stock(prompt=PROMPTS[:n], **call, output_type="pt").images
+    (height, width), z, images = size(pipe), noise(pipe, n), []
+    call = {**pipe.family.stock_arguments(pipe), "height": height, "width": width, "output_type": "pt"}
+    for rows in torch.arange(n).split(1 if pipe.family.alone else n):
+        latents = pipe.family.stock_latents(z[rows])
+        images.append(stock(prompt=[PROMPTS[i] for i in rows], latents=latents, **call).images)
+    return torch.cat(images)
 
 
 def stock_of(pipe):
