@@ -667,6 +667,11 @@ class Family:
         function where the network, when it checkpoints, forgets an argument of a block."""
         return checkpoint
 
+    @classmethod
+    def from_stock_latents(cls, stock, latents, shape):
+        """x0 of this shape, of what the stock pipeline gives as `output_type="latent"`."""
+        return cls.from_tokens(latents, shape)
+
     @staticmethod
     def text_node(pipe):
         """The node of ComfyUI that encodes a prompt for an export, `pipe`."""

@@ -12,8 +12,9 @@ from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.endings import run_to_the_end
 from diff_instruct.training.finish import finish
-from diff_instruct.training.set_up import set_up
-from diff_instruct.training.steps import ta_loss
+from diff_instruct.training.pairs import pair_loss
+from diff_instruct.training.set_up import set_up, stage
+from diff_instruct.training.steps import generated, ta_loss
 from diff_instruct.training.watch import Watch
 
 
@@ -26,14 +27,23 @@ def main(args):
 
 def align(run):
     """Algorithm 1. A generator that starts as the reference is distilled first (`--pretrain_steps`), in the same loop
-    without reward; at negative steps the TA alone warms up."""
+    without reward; at negative steps it learns pairs (`--pair_steps`), then the TA alone warms up."""
     args, accelerator, watch = run.args, run.accelerator, Watch(run)
     generator, ta, theta, psi = run.actors.generator, run.actors.ta, run.state.theta, run.state.psi
 
     for step, alpha in watch.steps():
+        if step < -args.ta_warmup_steps:
+            learn_pairs(run, watch, step)
+            watch.after(step, alpha)
+            continue
+
+        kept = []
+        if args.reuse_generated and step >= 0:  # then ψ and θ learn from one x0, whose graph waits for θ's turn
+            kept = [batch._replace(x0=generated(batch, generator)) for batch in run.draws.of_theta(step)]
+
         # θ is frozen; K_TA times ψ takes a step: min_ψ λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖².
-        for _ in range(args.ta_steps if step >= 0 else 1):
-            for batch in run.draws():  # c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)
+        for k in range(args.ta_steps if step >= 0 else 1):
+            for batch in kept if kept and k == 0 else run.draws():  # c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)
                 loss = ta_loss(batch, generator, ta)  # x0 = g_θ(z, c), x_t = α_t x0 + σ_t ε
                 accelerator.backward(loss / run.draws.passes)
                 watch.see({"ta_loss": loss})
@@ -42,8 +52,8 @@ def align(run):
 
         # ψ is frozen; θ takes a step: min_θ −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩.
         if step >= 0:
-            for batch in run.draws():
-                x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)  # g_θ(z, c)
+            for batch in [batch.noised_again() for batch in kept] if kept else run.draws.of_theta(step):
+                x0 = generated(batch, generator)  # g_θ(z, c)
                 with psi.frozen():
                     dL_dx0, figures = run.gradient_at_x0(x0, batch, alpha)
                 accelerator.backward(x0, gradient=dL_dx0 / (len(x0) * run.draws.passes))
@@ -54,6 +64,22 @@ def align(run):
                 watch.not_taken(step, theta)
 
         watch.after(step, alpha)
+
+
+def learn_pairs(run, watch, step):
+    """A step of regression: g_θ(z, c) becomes what the reference's own sampler makes of z. After the last one the
+    average is where Algorithm 1 starts."""
+    generator, theta = run.actors.generator, run.state.theta
+    for pair in run.draws.of_pairs(step - run.first_step):
+        loss = pair_loss(pair, generator)
+        run.accelerator.backward(loss / run.draws.passes)
+        watch.see({"pair_loss": loss})
+    if theta.step():
+        theta.update_average(ema_decay(run.args, step, run.images_per_step))
+    else:
+        watch.not_taken(step, theta)
+    if step + 1 == -run.args.ta_warmup_steps:
+        theta.begin_from_average(**stage(run.args))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from diff_instruct.objectives import (
+    KAPPA,
     Estimates,
     denoise,
     diffused_reward_gradient,
@@ -40,6 +41,9 @@ class Batch(NamedTuple):
 
     And for a generator of n steps: the noise of the further ones, (n − 1, B, C, H, W), and the step, (B,), whose x0
     is taken, with θ's gradient through that step alone.
+
+    And, where they are: of pairs the `target`, what the reference makes of z, (B, C, H, W); x0 with its graph, if it
+    has been made; and another (t, ε) for the same x0.
     """
 
     prompts: list
@@ -49,6 +53,14 @@ class Batch(NamedTuple):
     step: torch.Tensor
     t: torch.Tensor
     eps: torch.Tensor
+    target: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    again: tuple | None = None
+
+    def noised_again(self):
+        """The same samples with the other t and ε."""
+        t, eps = self.again
+        return self._replace(t=t, eps=eps)
 
 
 @dataclass
@@ -171,6 +183,27 @@ class DiffusedReward:
         )
         noised.figures["reward"] = r.mean()
         return {"reward": -noised.alpha.rew * grad_r}
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """½ κ/√d · scale · ‖x0 − x0*‖², x0* what the reference makes of the same z: a pair's. Its part: `anchor`.
+
+    In size it is as the integral KL with w(t) `x0`, which pulls by κ/√d of a difference of two x̂0. Of several steps
+    only the first has an anchor, as in DP-DMD (arXiv 2602.03139): the others have noise of their own.
+    """
+
+    scale: float
+
+    through = ()
+
+    def acts(self, alpha):
+        return self.scale > 0
+
+    def gradient(self, noised):
+        x0, batch = noised.x0.detach(), noised.batch
+        first = (batch.step == 0).view(-1, 1, 1, 1)
+        return {"anchor": first * (self.scale * KAPPA / x0[0].numel() ** 0.5 * (x0 - batch.target))}
 
 
 def mean_norm(gradient):

@@ -18,6 +18,9 @@ from tests.tiny import PROMPTS
 ONE_BASE = ["--lora_rank", 2, "--ta_lora_rank", 2]
 
 
+PAIRS = "--pair_steps 2 --num_pairs 100 --pair_sampler_steps 2 --anchor_scale 0.01 --reuse_generated".split()
+
+
 def by_torchrun(arguments, log):
     """As `accelerate launch --multi_gpu` does, on the CPU: `accelerate launch --cpu` needs MPI for two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -40,6 +43,7 @@ def forked(arguments, log):
         (forked, [*ONE_BASE, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]),
         (forked, ["--divergence", "score", "--huber_c", 0.1]),
         (forked, ["--generator_steps", 3, "--preset", "didr"]),
+        (forked, PAIRS),
     ],
 )  # fmt: skip
 def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tmp_path, launch, options):

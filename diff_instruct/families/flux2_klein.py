@@ -98,6 +98,14 @@ class Flux2Klein(Family):
         latents = x0.permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
 
+    @classmethod
+    def from_stock_latents(cls, stock, latents, shape):
+        b, c, h, w = shape
+        x0 = latents.view(b, c // 4, h, 2, w, 2).permute(0, 1, 3, 5, 2, 4).reshape(shape)
+        statistics = stock.vae.bn
+        std = (statistics.running_var.to(x0) + stock.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        return (x0 - statistics.running_mean.to(x0).view(1, -1, 1, 1)) / std
+
     @staticmethod
     def tokens(x):
         return x.flatten(2).transpose(1, 2)

@@ -56,7 +56,7 @@ def sample(
     return images if output_type == "latent" else family.opaque(images)
 
 
-def sample_latents(models, stock, prompts, z, steps, cfg_scale, size):
+def sample_latents(models, stock, prompts, z, steps, cfg_scale, size, generator=None):
     """x0 (B, C, h, w), float32, that the stock pipeline makes of unit noise z like it; the rest as in [`sample`]."""
-    x0 = sample(models, stock, prompts, z, steps, cfg_scale, size, output_type="latent")
-    return models.family.from_tokens(x0, z.shape)
+    x0 = sample(models, stock, prompts, z, steps, cfg_scale, size, 1, generator, output_type="latent")
+    return models.family.from_stock_latents(stock, x0, z.shape)

@@ -156,6 +156,7 @@ def models_of(args):
     scales = {"cfg_scale": args.cfg_scale} | (
         {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
     )
+    scales |= {"pair_cfg_scale": args.pair_cfg_scale} if args.pair_steps or args.anchor_scale else {}
     for name, scale in scales.items():
         if scale != 1 and not models.has_null:
             raise Mistake(f"--{name} {scale:g}: {reference.path} knows no ∅ to be guided away from: give --{name} 1")

@@ -23,7 +23,7 @@ from diff_instruct.models.roles import bases, on_base, roles_of
 from diff_instruct.models.rounding import Rounded, round_empty
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.terms import Alpha, Batch
-from diff_instruct.training.steps import generator_step, ta_loss
+from diff_instruct.training.steps import generated, generator_step, ta_loss
 from pipeline_one_step import OneStepPipeline
 
 
@@ -197,13 +197,13 @@ def activations(args, models, mixed_precision):
                 c = pipe.encode_prompt(["a"] * b)
             z, eps, noise = torch.randn(b, *shape), torch.randn(b, *shape), torch.randn(n, b, *shape)
             step, t = torch.full((b,), n), torch.full((b,), int(pipe.schedule.steps // 2))
-            return Batch(["a"] * b, c, z, noise, step, t, eps)
+            return Batch(["a"] * b, c, z, noise, step, t, eps, target=z)
 
         def ta_phase():
             ta_loss(one, generator, ta).backward()
 
-        def generator_phase():
-            x0 = generator.generate(one.z, one.c, one.noise, one.step)
+        def generator_phase(batch=None):
+            x0 = generated(batch or one, generator)
             frozen = [p for p in ta.network.parameters() if p.requires_grad]
             for p in frozen:
                 p.requires_grad_(False)
@@ -211,6 +211,12 @@ def activations(args, models, mixed_precision):
             for p in frozen:
                 p.requires_grad_(True)
             x0.backward(gradient)
+
+        def both_phases():
+            kept = one._replace(x0=generated(one, generator))
+            ta_loss(kept, generator, ta).backward()
+            without_gradients(ta.network)
+            generator_phase(kept)
 
         @torch.no_grad()
         def validation():
@@ -226,7 +232,10 @@ def activations(args, models, mixed_precision):
         gradient_at_x0 = generator_step(args, ta, ref, one.c, Reward(args), pipe.decode)
         peaks = {"teaching assistant's step": live.highest(ta_phase)}
         without_gradients(ta.network)
-        peaks["generator's step"] = live.highest(generator_phase)
+        if args.reuse_generated:
+            peaks["steps of both, on one x0"] = live.highest(both_phases)
+        else:
+            peaks["generator's step"] = live.highest(generator_phase)
         without_gradients(generator.network)
         peaks["validation"] = live.highest(validation)
     return peaks

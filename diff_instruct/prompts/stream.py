@@ -152,7 +152,7 @@ class PromptStream:
 
 
 class Draw(NamedTuple):
-    """What Algorithm 1 draws for B samples; the last two are for a generator of n steps, as `generate` takes them."""
+    """What Algorithm 1 draws for B samples; `noise` and `step` are for a generator of n steps."""
 
     prompts: list  # c, B of them
     z: torch.Tensor  # (B, C, H, W) ~ N(0, I)
@@ -160,6 +160,24 @@ class Draw(NamedTuple):
     u: torch.Tensor  # (B,) ~ U[0, 1), to draw timesteps with
     noise: torch.Tensor  # (n − 1, B, C, H, W) ~ N(0, I), of its further steps
     step: torch.Tensor  # (B,), the step whose x0 is taken, uniform on 0..n − 1
+    eps_again: torch.Tensor  # (B, C, H, W) ~ N(0, I): with `u_again`, to noise the same x0 another time
+    u_again: torch.Tensor  # (B,) ~ U[0, 1)
+
+
+def random_row(rng, latent_shape, steps):
+    """What a [`Draw`] has of random numbers for one sample."""
+    z, eps = torch.randn(2, *latent_shape, generator=rng)
+    u, noise = torch.rand((), generator=rng), torch.randn(steps - 1, *latent_shape, generator=rng)
+    step = torch.randint(steps, (), generator=rng)
+    return z, eps, u, noise, step, torch.randn(latent_shape, generator=rng), torch.rand((), generator=rng)
+
+
+def drawn(prompts, rows, device):
+    """The [`Draw`] of B samples, on the device; u is on the CPU, where timesteps are made of it."""
+    z, eps, u, noise, step, eps_again, u_again = zip(*rows)
+    z, eps, step, eps_again = (torch.stack(v).to(device) for v in (z, eps, step, eps_again))
+    noise = torch.stack(noise, dim=1).to(device)
+    return Draw(prompts, z, eps, torch.stack(u), noise, step, eps_again, torch.stack(u_again))
 
 
 class Sampler:
@@ -183,7 +201,7 @@ class Sampler:
 
     def __call__(self):
         """A [`Draw`] of `batch_size` samples."""
-        prompts, noise, uniform, further, step = [], [], [], [], []
+        prompts, rows = [], []
         shape = self.latent_shapes[0]
         if len(self.latent_shapes) > 1:
             rng = np.random.default_rng([self.seed, self.drawn, len(self.latent_shapes)])
@@ -192,14 +210,9 @@ class Sampler:
             entropy = np.random.SeedSequence([self.seed, self.drawn + self.process_index])
             rng = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             prompts.append(next(self.prompts))
-            noise.append(torch.randn(2, *shape, generator=rng))
-            uniform.append(torch.rand((), generator=rng))
-            further.append(torch.randn(self.steps - 1, *shape, generator=rng))
-            step.append(torch.randint(self.steps, (), generator=rng))
+            rows.append(random_row(rng, shape, self.steps))
             self.drawn += self.num_processes
-        z, eps = torch.stack(noise, dim=1).to(self.device)
-        further, step = torch.stack(further, dim=1).to(self.device), torch.stack(step).to(self.device)
-        return Draw(prompts, z, eps, torch.stack(uniform), further, step)
+        return drawn(prompts, rows, self.device)
 
     def read_ahead(self, draws):
         """Read the prompts of so many calls: then none of them raises `StreamBroken`, halfway through a step."""

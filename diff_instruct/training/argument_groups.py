@@ -169,6 +169,22 @@ def add_algorithm_arguments(parser):
         choices=list(METHODS),
         help="a method of the family, as defaults of the arguments below (quote 'di*')",
     )
+    g.add_argument(
+        "--pair_steps", type=natural, default=0,
+        help="before all else: generator steps of regression on pairs (z, x0) of the reference's own sampler, which "
+        "keeps its variety",
+    )  # fmt: skip
+    g.add_argument("--num_pairs", type=positive_int, default=4096, help="pairs that are drawn, once")
+    g.add_argument(
+        "--pair_sampler_steps", type=positive_int, default=25, help="steps of the reference's sampler for a pair"
+    )
+    g.add_argument("--pair_cfg_scale", type=non_negative, default=4.5, help="guidance of the reference for pairs")
+    g.add_argument("--pair_learning_rate", type=positive, help="of the regression; default: --learning_rate")
+    g.add_argument(
+        "--pair_folder", type=text,
+        help="where pairs are kept, also for later runs with the same reference, sampler, guidance and size; default: "
+        "pairs in --output_dir",
+    )  # fmt: skip
     g.add_argument("--pretrain_steps", type=natural, default=0, help="generator steps of distillation, without reward")
     g.add_argument(
         "--pretrain_cfg_scale",
@@ -177,6 +193,11 @@ def add_algorithm_arguments(parser):
         help="guidance α_cfg of the reference while pretraining",
     )
     g.add_argument("--max_train_steps", type=natural, default=1000, help="generator steps of alignment")
+    g.add_argument(
+        "--anchor_scale", type=non_negative, default=0.0,
+        help="how hard pairs hold the generator near what the reference draws from the same noise, in all of its "
+        "steps, beside a divergence of 1; 0: not at all",
+    )  # fmt: skip
     g.add_argument("--reward_scale", type=non_negative, default=10.0, help="α_rew; the paper's: 0, 1, 10")
     g.add_argument(
         "--reward_ratio", type=positive,
@@ -227,6 +248,11 @@ def add_algorithm_arguments(parser):
         "--ta_warmup_steps", type=natural, default=0, help="steps of the teaching assistant before the first one"
     )
     g.add_argument(
+        "--reuse_generated", action="store_true",
+        help="the generator's step takes the pictures on which the teaching assistant has learnt in the same "
+        "iteration: a pass less, and their graph is held meanwhile",
+    )  # fmt: skip
+    g.add_argument(
         "--weighting", choices=WEIGHTINGS,
         help="w(t) of the divergence; default: dmd, but x0 for the pseudo-Huber distance, whose pull on each sample "
         "is normalised already",
@@ -234,6 +260,10 @@ def add_algorithm_arguments(parser):
     g.add_argument(
         "--min_timestep", type=fraction, default=0.02, help="π(t) starts here, as a fraction of the schedule"
     )
+    g.add_argument(
+        "--timestep_shift", type=positive, default=1.0,
+        help="of flow matching: π(t) is of σ = s u / (1 + (s − 1) u), u uniform; s > 1 looks more at much noise",
+    )  # fmt: skip
     g.add_argument("--max_timestep", type=fraction, default=0.98, help="π(t) ends here, as a fraction of the schedule")
 
 

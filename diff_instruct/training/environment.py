@@ -32,6 +32,8 @@ def check_engine(args):
         raise Mistake("`fsdp_activation_checkpointing: true` is not supported: it is --gradient_checkpointing here")
     if args.use_8bit_adam:
         raise Mistake("--use_8bit_adam does not work with FSDP2, which divides the optimizer's state: leave it out")
+    if args.reuse_generated:
+        raise Mistake("--reuse_generated does not work with FSDP2, which gathers weights for one pass: leave it out")
     if args.offload_ema:
         raise Mistake("--offload_ema does not work with FSDP2, which divides the average: leave it out")
     # It is on by default, and transformers then leaves text encoders and rewards empty on all processes but the first.

@@ -13,9 +13,11 @@ from diff_instruct.training.endings import NOT_FINITE, Ending
 BAD_PROMPTS = "nonfinite_prompts.json"
 CAUSES = {  # figures of a step, the first cause first
     "x0_mean": "the generator's images",
+    "pair_loss": "loss on pairs",
     "ta_loss": "TA loss",
     "norm_divergence": "divergence",
     "norm_cfg": "guidance",
+    "norm_anchor": "anchor",
     "norm_reward": "reward",
 }
 

@@ -20,7 +20,7 @@ def make_optimizer(args, parameters, learning_rate):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
-        AdamW, options["fused"] = torch.optim.AdamW, parameters[0].is_cuda
+        AdamW, options["fused"] = torch.optim.AdamW, parameters[0].device.type in ("cpu", "cuda")
     return AdamW(parameters, lr=learning_rate, weight_decay=args.adam_weight_decay, **options)
 
 
@@ -62,18 +62,30 @@ class Trained:
     def __init__(self, accelerator, args, name, denoiser, learning_rate, steps, warmup_steps, average=False):
         self.accelerator, self.name, self.max_grad_norm = accelerator, name, args.max_grad_norm
         self.parameters = trained_parameters(denoiser.network, denoiser.adapter)
+        self.args, self.average, self.offload_ema = args, average, args.offload_ema
         self.train(True)
         self.base = getattr(denoiser.network, "digest", None)  # of a rounded base, which no checkpoint holds
-        # Not prepared by accelerate, which with FSDP2 takes an optimizer only beside a model, and one of them.
-        self.optimizer = make_optimizer(args, self.parameters.values(), learning_rate)
-        counts = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
-        self.schedule = get_scheduler(args.lr_scheduler, self.optimizer, **counts)
-        # From the first step on: left alone, it copies the parameters then, whatever the decay.
-        self.ema = EMAModel(self.parameters.values(), update_after_step=-1) if average else None
-        self.offload_ema = args.offload_ema
-        if average and args.offload_ema:
-            self.ema.to("cpu")
+        self.begin(learning_rate, steps, warmup_steps)
         self.norm, self.skipped, self.in_a_row = 0.0, 0, 0
+
+    def begin(self, learning_rate, steps, warmup_steps):
+        """A new optimizer, learning rate and average from here; the arguments are those of the class."""
+        # Not prepared by accelerate, which with FSDP2 takes an optimizer only beside a model, and one of them.
+        self.optimizer = make_optimizer(self.args, self.parameters.values(), learning_rate)
+        counts = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
+        self.schedule = get_scheduler(self.args.lr_scheduler, self.optimizer, **counts)
+        # From the first step on: left alone, it copies the parameters then, whatever the decay.
+        self.ema = EMAModel(self.parameters.values(), update_after_step=-1) if self.average else None
+        if self.average and self.offload_ema:
+            self.ema.to("cpu")
+
+    @torch.no_grad()
+    def begin_from_average(self, **stage):
+        """Another stage, which starts from the average, as from an export: see `begin`."""
+        if self.ema is not None:
+            for p, average in zip(self.parameters.values(), self.ema.shadow_params):
+                p.copy_(average)
+        self.begin(**stage)
 
     @property
     def learning_rate(self):

@@ -46,10 +46,11 @@ def check_inputs_stay(args):
     """Raises Mistake if something would be written where an input lies, or over what no run has written."""
     folder = Path(args.output_dir)
     logs, cache = ("--logging_dir", folder / args.logging_dir), ("--prompt_cache", args.prompt_cache)
-    kept = [cache, ("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
+    pairs = ("--pair_folder", args.pair_folder)
+    kept = [cache, pairs, ("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
     if not resumes_there(args):
         kept.append(("--resume_from_checkpoint", args.resume_from_checkpoint))
-    check_apart([("--output_dir", folder), logs, cache], inputs_of(args), kept)
+    check_apart([("--output_dir", folder), logs, cache, pairs], inputs_of(args), kept)
     if not list_checkpoints(folder) and not any((folder / name).exists() for name in OF_A_RUN):
         found = next((path.name for pattern in EXPORTED for path in sorted(folder.glob(pattern))), None)
         if found:

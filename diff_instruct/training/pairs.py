@@ -7,7 +7,6 @@ what the reference draws (DMD, arXiv 2311.18828; DMD2's one-step SDXL, arXiv 240
 import json
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +19,12 @@ from diff_instruct.mistake import Mistake
 from diff_instruct.models.reference import sample_latents
 from diff_instruct.models.sharding import whole as whole_tensor
 from diff_instruct.prompts.cache import checksum
-from diff_instruct.prompts.stream import PromptStream
+from diff_instruct.prompts.stream import PromptStream, drawn, random_row
+from pipeline_one_step import compute_dtype
 
 
 SHARD = 64  # pairs in a file
 NOISE, ORDER, FURTHER = range(1, 4)  # what random numbers are for
-
-
-class Pair(NamedTuple):
-    """B pairs: their prompts; z and x0, (B, C, H, W); ε ~ N(0, I) like them; and the step, (B,), uniform on 0..n − 1,
-    at whose timestep a generator of n steps looks."""
-
-    prompts: list
-    z: torch.Tensor
-    x0: torch.Tensor
-    eps: torch.Tensor
-    step: torch.Tensor
 
 
 def numbers(seed, what, i):
@@ -44,10 +33,32 @@ def numbers(seed, what, i):
     return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
 
-def recipe(args, models, stock, latent_shape):
+def needs_pairs(args):
+    """Whether a run has them."""
+    return args.pair_steps > 0 or args.anchor_scale > 0
+
+
+def plan_of_pairs(args, models):
+    """One line: what pairs cost, before any is drawn.
+
+    Raises:
+        Mistake: if there are several sizes of pictures.
+    """
+    grid, (size, *others) = models.grid, models.image_sizes
+    if others:
+        raise Mistake("pairs (--pair_steps, --anchor_scale) are of one size: give one --resolution")
+    elements = grid.channels * (size[0] // grid.factor) * (size[1] // grid.factor)
+    passes = args.num_pairs * args.pair_sampler_steps * (2 if args.pair_cfg_scale != 1 else 1)
+    return (
+        f"Pairs: {args.num_pairs:,} of {args.pair_sampler_steps} steps are {passes:,} evaluations of the reference "
+        f"for one image, shared by all processes, and {args.num_pairs * elements * 4 / 2**30:.2f} GiB in files."
+    )
+
+
+def recipe(args, models, actors):
     """What pairs are made of, and so must be the same in a run that takes up those of another: plain values by name.
     Of a sharded reference all processes call it."""
-    network, scheduler = getattr(stock, models.denoiser), stock.scheduler
+    network, scheduler = actors.ref.network, actors.stock.scheduler
     weights = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if ".lora_" not in k}
     made_of = {
         "reference": checksum({k: whole_tensor(v) for k, v in weights.items()}),
@@ -55,7 +66,7 @@ def recipe(args, models, stock, latent_shape):
         "--pair_sampler_steps": args.pair_sampler_steps,
         "--pair_cfg_scale": args.pair_cfg_scale,
         "--embedded_guidance": models.embedded_guidance,
-        "latents": list(latent_shape),
+        "latents": list(actors.pipe.latent_shape(*models.image_sizes[0])),
         "--seed": args.seed,
     }
     return json.loads(json.dumps(made_of))
@@ -68,8 +79,9 @@ class PairFolder:
         Mistake: if the folder has pairs that are made of something else, or cannot be written.
     """
 
-    def __init__(self, folder, made_of):
-        self.folder, about = Path(folder), Path(folder) / "pairs.json"
+    def __init__(self, args, made_of, is_main=True):
+        folder = Path(args.pair_folder or Path(args.output_dir) / "pairs")
+        self.folder, about = folder, folder / "pairs.json"
         try:
             there = json.loads(about.read_text())
         except FileNotFoundError:
@@ -82,8 +94,9 @@ class PairFolder:
                 f"--pair_folder: the pairs in {folder} are made with another {', '.join(differ)}: name another folder"
             )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(about, json.dumps(made_of, indent=2) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            if is_main and there is None:
+                write_text(about, json.dumps(made_of, indent=2) + "\n")
         except OSError as error:
             raise Mistake(f"--pair_folder {folder} cannot be written: {error}") from None
 
@@ -123,15 +136,17 @@ class PairFolder:
             raise Mistake(f"--pair_folder: {self.file(shard)} is damaged ({error}): delete it") from None
 
 
-def make_pairs(args, models, stock, folder, train_prompts, latent_shape, device, process_index=0, processes=1):
+def make_pairs(args, known, actors, folder, device, process_index=0, processes=1):
     """Draw the pairs that are missing in a [`PairFolder`], with a bar; processes share them by files.
 
     Pair i is the i-th prompt of the shuffled stream, its own noise, and what the stock pipeline with its own sampler
     makes of both; so it is the same whoever makes it. All processes draw equally often: a sharded reference takes all.
     """
-    missing, wanted = folder.missing(args.num_pairs), iter(())
-    stream, read = PromptStream(train_prompts, args.seed, args.shuffle_buffer_size), 0
-    dtype, size = getattr(stock, models.denoiser).dtype, [n * models.grid.factor for n in latent_shape[1:]]
+    missing, models, stock = folder.missing(args.num_pairs), known.models, actors.stock
+    stream, read = PromptStream(known.train_prompts, args.seed, args.shuffle_buffer_size), 0
+    (size,) = models.image_sizes
+    shape = actors.pipe.latent_shape(*size)
+    dtype = compute_dtype(actors.ref.network)
     rounds = range(0, len(missing), processes)
     for first in tqdm(rounds, desc=f"drawing {SHARD * processes} pairs", disable=process_index > 0 or not missing):
         own = first + process_index < len(missing)
@@ -140,13 +155,13 @@ def make_pairs(args, models, stock, folder, train_prompts, latent_shape, device,
         if own or not read:
             prompts = list(islice(stream, wanted.start - read, wanted.stop - read))
             read = wanted.stop
-        z = torch.stack([torch.randn(latent_shape, generator=numbers(args.seed, NOISE, i)) for i in wanted])
-        z = z.half().to(device, dtype)
+        random = [numbers(args.seed, NOISE, i) for i in wanted]
+        z = torch.stack([torch.randn(shape, generator=rng) for rng in random]).half().to(device, dtype)
         x0 = []
         for i in range(0, SHARD, args.train_batch_size):
             part = slice(i, i + args.train_batch_size)
             options = args.pair_sampler_steps, args.pair_cfg_scale, size
-            x0.append(sample_latents(models, stock, prompts[part], z[part], *options))
+            x0.append(sample_latents(models, stock, prompts[part], z[part], *options, random[part]))
         if own:
             folder.write(shard, prompts, z, torch.cat(x0))
 
@@ -168,14 +183,14 @@ class PairStream:
         self.order, self.opened = (None, None), {}
 
     def __call__(self, draw):
-        """The [`Pair`] of draw 0, 1, ..."""
+        """([`Draw`] of B samples with the pairs' prompts and z; their x0, (B, C, H, W)) of draw 0, 1, ..."""
         first = draw * self.batch_size * self.num_processes + self.process_index
         rows = [self.row(first + i * self.num_processes) for i in range(self.batch_size)]
-        prompts, *tensors = zip(*rows)
-        return Pair(list(prompts), *(torch.stack(values).to(self.device) for values in tensors))
+        prompts, random, x0 = zip(*rows)
+        return drawn(list(prompts), random, self.device), torch.stack(x0).to(self.device)
 
     def row(self, position):
-        """Of a place in the endless sequence of epochs."""
+        """(prompt; random numbers of a [`Draw`], with the pair's z; x0) of a place in the sequence of epochs."""
         epoch, place = divmod(position, self.number)
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.number)
@@ -185,16 +200,20 @@ class PairStream:
         if len(self.opened) > 64:
             del self.opened[next(iter(self.opened))]
         z, x0 = (file.get_slice(name)[i].float() for name in ("z", "x0"))
-        rng = numbers(self.seed, FURTHER, position)
-        return prompts[i], z, x0, torch.randn(z.shape, generator=rng), torch.randint(self.steps, (), generator=rng)
+        _, *further = random_row(numbers(self.seed, FURTHER, position), z.shape, self.steps)
+        return prompts[i], (z, *further), x0
 
 
-def pair_loss(pair, c, generator):
-    """‖x̂0 − x0‖², the mean over elements: the generator's x̂0 from z at t*, or, at the timestep t_k of a further step
-    k, from x_{t_k} = α x0 + σ ε of the pair's own x0."""
+def pair_loss(pair, generator):
+    """‖x̂0 − x0*‖², the mean over elements, x0* what the reference makes of z: the generator's x̂0 from z at t*, or, at
+    the timestep t_k of a further step k, from x_{t_k} = α x0* + σ ε.
+
+    Args:
+        pair ([`Batch`]): with x0* as `target`.
+    """
     schedule, pipe = generator.schedule, generator.pipe
     t = torch.tensor(pipe.timesteps, device=pair.z.device)[pair.step]
     first = schedule(t)[1] * pair.z if pipe.config.input_noise == "scaled" else pair.z
-    noised = schedule.add_noise(pair.x0, pair.eps, t)
+    noised = schedule.add_noise(pair.target, pair.eps, t)
     x_t = torch.where((pair.step == 0).view(-1, 1, 1, 1), first, noised)
-    return (generator.x0(x_t, t, c) - pair.x0).square().mean()
+    return (generator.x0(x_t, t, pair.c) - pair.target).square().mean()

@@ -15,6 +15,7 @@ from diff_instruct.evaluation.pictures import real_pictures
 from diff_instruct.export.card import base_license
 from diff_instruct.export.export import create_repository
 from diff_instruct.files import whole
+from diff_instruct.mistake import Mistake
 from diff_instruct.models.actors import Actors, load_actors
 from diff_instruct.models.lora import reach
 from diff_instruct.models.published import check_rounding, rounding_of
@@ -35,12 +36,13 @@ from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
 from diff_instruct.rewards.look import look_at_rewards
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
-from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint
+from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, step_of
 from diff_instruct.training.draws import Draws
 from diff_instruct.training.environment import autocast_of, check_accelerations, check_engine, use_cores
 from diff_instruct.training.history import History
 from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
+from diff_instruct.training.pairs import PairFolder, PairStream, make_pairs, needs_pairs, plan_of_pairs, recipe
 from diff_instruct.training.reward_scale import RewardDial
 from diff_instruct.training.state import LoopState
 from diff_instruct.training.steps import GeneratorStep, generator_step
@@ -82,6 +84,11 @@ class Run:
     state: LoopState
     judge: Judge
     history: History | None  # on the main process
+
+    @property
+    def first_step(self):
+        """The first of the steps: at negative ones pairs are learnt, then the TA warms up."""
+        return -self.args.pair_steps - self.args.ta_warmup_steps
 
     @property
     def total(self):
@@ -149,6 +156,8 @@ def make_accelerator(args):
 def check(args, accelerator):
     """What is [`Known`]; mistakes show here, and the plan of memory is printed."""
     models = models_of(args)
+    if args.timestep_shift != 1 and not models.family.flow:
+        raise Mistake("--timestep_shift is of flow matching, and the reference has a schedule of betas: leave it out")
     check_weights(models, config_suffices=args.dry_run)
     check_rounding(args, models, roles_of(args, models))
     accelerator.print(table(plan(args, models, accelerator.mixed_precision)))
@@ -157,6 +166,8 @@ def check(args, accelerator):
         accelerator.print(f"LoRA reaches {layers} layers, {share:.0%} of the {models.denoiser}'s parameters.")
     if rounding_of(models, args.base_quantization):
         accelerator.print(words_of_rounding(args, models))
+    if needs_pairs(args):
+        accelerator.print(plan_of_pairs(args, models))
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         check_checkpoint(checkpoint, args, accelerator.num_processes)
@@ -192,9 +203,10 @@ def load(args, accelerator, known, started):
     if args.reward_decoder:
         decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
 
-    theta, psi = train(args, accelerator, roles, actors)
+    first = step_of(known.checkpoint) if known.checkpoint else -args.pair_steps - args.ta_warmup_steps
+    theta, psi = train(args, accelerator, roles, actors, on_pairs=first < -args.ta_warmup_steps)
     encode = make_conditioning(args, actors.pipe, device)
-    draws = make_draws(args, accelerator, known, actors.pipe, encode)
+    draws = make_draws(args, accelerator, known, actors, encode)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
     most = max(args.reward_ratio_steps, args.max_train_steps // 4)
@@ -209,7 +221,7 @@ def load(args, accelerator, known, started):
         encode=encode,
         draws=draws,
         gradient_at_x0=generator_step(args, actors.ta, actors.ref, null, reward, decode),
-        state=LoopState(theta, psi, draws.sampler, dial, step=-args.ta_warmup_steps, started=started),
+        state=LoopState(theta, psi, draws.sampler, dial, step=first, started=started),
         judge=Judge(
             accelerator,
             actors.generator,
@@ -225,7 +237,15 @@ def load(args, accelerator, known, started):
     )
 
 
-def train(args, accelerator, roles, actors):
+def stage(args, on_pairs=False):
+    """Learning rate and steps of θ, as [`Trained`] takes them: while it learns pairs, or after."""
+    rate, steps = args.learning_rate, args.pretrain_steps + args.max_train_steps
+    if on_pairs:
+        rate, steps = args.pair_learning_rate or rate, args.pair_steps
+    return {"learning_rate": rate, "steps": steps, "warmup_steps": args.lr_warmup_steps}
+
+
+def train(args, accelerator, roles, actors, on_pairs):
     """θ and ψ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before."""
     title = {role.name: role.title for role in roles}
     total, k = args.pretrain_steps + args.max_train_steps, args.ta_steps
@@ -234,10 +254,8 @@ def train(args, accelerator, roles, actors):
         args,
         title["generator"],
         actors.generator,
-        learning_rate=args.learning_rate,
-        steps=total,
-        warmup_steps=args.lr_warmup_steps,
         average=args.use_ema,
+        **stage(args, on_pairs),
     )
     psi = Trained(
         accelerator,
@@ -251,9 +269,10 @@ def train(args, accelerator, roles, actors):
     return theta, psi
 
 
-def make_draws(args, accelerator, known, pipe, encode):
-    """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded."""
-    index, processes = accelerator.process_index, accelerator.num_processes
+def make_draws(args, accelerator, known, actors, encode):
+    """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded, and pairs are drawn
+    that are missing."""
+    index, processes, pipe = accelerator.process_index, accelerator.num_processes, actors.pipe
     stream = PromptStream(
         known.train_prompts, args.seed, args.shuffle_buffer_size, index, processes, args.allow_bad_rows
     )
@@ -273,7 +292,33 @@ def make_draws(args, accelerator, known, pipe, encode):
         others = ["", *known.eval_prompts, *known.validation_prompts]
         fill_cache(args, encode, known.train_prompts, others, most, index, processes)
     return Draws(
-        sampler, encode, pipe.schedule, args.gradient_accumulation_steps, args.min_timestep, args.max_timestep
+        sampler,
+        encode,
+        pipe.schedule,
+        args.gradient_accumulation_steps,
+        args.min_timestep,
+        args.max_timestep,
+        args.timestep_shift,
+        make_pair_stream(args, accelerator, known, actors, encode) if needs_pairs(args) else None,
+        anchored_from=args.pair_steps if args.anchor_scale else None,
+    )
+
+
+def make_pair_stream(args, accelerator, known, actors, encode):
+    """The [`PairStream`] of a run, after pairs that are missing have been drawn by all processes."""
+    place = accelerator.process_index, accelerator.num_processes
+    with actors.ref.act(), encode.encoding():
+        folder = PairFolder(args, recipe(args, known.models, actors), accelerator.is_main_process)
+        make_pairs(args, known, actors, folder, accelerator.device, *place)
+    accelerator.wait_for_everyone()
+    return PairStream(
+        folder,
+        args.num_pairs,
+        args.train_batch_size,
+        args.seed,
+        *place,
+        device=accelerator.device,
+        steps=len(actors.pipe.timesteps),
     )
 
 

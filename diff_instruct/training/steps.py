@@ -8,6 +8,7 @@ import torch
 from diff_instruct.objectives import Estimates, weight
 from diff_instruct.terms import (
     IKL,
+    Anchor,
     CleanReward,
     DiffusedReward,
     LatentReward,
@@ -17,10 +18,15 @@ from diff_instruct.terms import (
 )
 
 
+def generated(batch, generator):
+    """x0 = g_θ(z, c), (B, C, H, W), of a [`Batch`], unless it has been made before."""
+    return generator.generate(batch.z, batch.c, batch.noise, batch.step) if batch.x0 is None else batch.x0
+
+
 def ta_loss(batch, generator, ta):
     """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², x0 = g_θ(z, c): gradient for ψ alone."""
     with torch.no_grad():
-        x0 = generator.generate(batch.z, batch.c, batch.noise, batch.step)
+        x0 = generated(batch, generator).detach()
     x_t = ta.schedule.add_noise(x0, batch.eps, batch.t)
     return ta.loss(x_t, batch.eps, batch.t, batch.c)
 
@@ -79,19 +85,19 @@ class GeneratorStep:
 
 
 def terms_of(args, reward, decode):
-    """The terms of the method that the arguments are: a divergence and a reward.
+    """The terms of the method that the arguments are: a divergence, a reward and, if asked for, an anchor.
 
     Args:
         reward ([`Mix`]): r(x, c).
         decode: latents to pixels.
     """
     of_latents = LatentReward(reward, decode, args.reward_batch_size)
-    divergence = IKL()
+    divergence, rewarded = IKL(), CleanReward(of_latents)
     if args.divergence == "score":
         divergence = ScoreDistance(args.score_distance, args.huber_c, args.score_guidance)
     if args.reward_mode == "diffused":
-        return divergence, DiffusedReward(of_latents, args.diffused_reward_steps)
-    return divergence, CleanReward(of_latents)
+        rewarded = DiffusedReward(of_latents, args.diffused_reward_steps)
+    return divergence, rewarded, Anchor(args.anchor_scale)
 
 
 def generator_step(args, ta, ref, null, reward, decode):

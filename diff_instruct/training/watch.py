@@ -12,7 +12,7 @@ from diff_instruct.training.reward_scale import validations_since_best
 from diff_instruct.training.trackers import end_trackers
 
 
-ON_THE_BAR = ("reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
+ON_THE_BAR = ("pair_loss", "reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
 
 
 class Watch:
@@ -22,12 +22,12 @@ class Watch:
     """
 
     def __init__(self, run):
-        args, accelerator, first, warmup = run.args, run.accelerator, run.state.step, run.args.ta_warmup_steps
+        args, accelerator, first = run.args, run.accelerator, run.state.step
         self.run, self.figures, self.judged = run, Averages(), {}
         self.bar = tqdm(
             range(first, run.total),
-            initial=first + warmup,
-            total=run.total + warmup,
+            initial=first - run.first_step,
+            total=run.total - run.first_step,
             disable=not accelerator.is_main_process,
         )
         self.speed = Speed(accelerator.device, run.images_per_step)
@@ -36,7 +36,7 @@ class Watch:
 
     def steps(self):
         """Yield each step and its [`Alpha`], until the last, or until the held-out reward has fallen for too long. At
-        negative steps the TA warms up; before `--pretrain_steps` there is no reward."""
+        negative steps pairs are learnt, then the TA warms up; before `--pretrain_steps` there is no reward."""
         args, state = self.run.args, self.run.state
         for step in self.interrupts.listen(self.bar):
             if args.heldout_patience and validations_since_best(state.heldout_scores) >= args.heldout_patience:
@@ -85,8 +85,10 @@ class Watch:
             state.dial.observe(row["norm_reward"], row["norm_divergence"])
         if not is_due:
             return
-        row |= {**self.speed.take(), "grad_norm_ta": psi.norm}
-        row |= {"grad_norm_generator": theta.norm, "reward_scale": alpha.rew} if state.step > 0 else {}
+        on_pairs = state.step <= -self.run.args.ta_warmup_steps
+        row |= {**self.speed.take(), **({} if on_pairs else {"grad_norm_ta": psi.norm})}
+        row |= {"grad_norm_generator": theta.norm} if on_pairs or state.step > 0 else {}
+        row |= {"reward_scale": alpha.rew} if state.step > 0 else {}
         row |= {"learning_rate": theta.learning_rate, "ta_learning_rate": psi.learning_rate}
         row["skipped_steps"] = state.skipped_steps
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in (row | self.judged).items() if k in ON_THE_BAR})
