@@ -42,17 +42,51 @@ def plan_of_pairs(args, models):
     """One line: what pairs cost, before any is drawn.
 
     Raises:
-        Mistake: if there are several sizes of pictures.
+        Mistake: if there are several sizes of pictures, or pairs in the folder that are made otherwise, as far as the
+            arguments tell.
     """
     grid, (size, *others) = models.grid, models.image_sizes
     if others:
         raise Mistake("pairs (--pair_steps, --anchor_scale) are of one size: give one --resolution")
+    known_of_pairs(folder_of_pairs(args), how_made(args))
     elements = grid.channels * (size[0] // grid.factor) * (size[1] // grid.factor)
     passes = args.num_pairs * args.pair_sampler_steps * (2 if args.pair_cfg_scale != 1 else 1)
     return (
         f"Pairs: {args.num_pairs:,} of {args.pair_sampler_steps} steps are {passes:,} evaluations of the reference "
         f"for one image, shared by all processes, and {args.num_pairs * elements * 4 / 2**30:.2f} GiB in files."
     )
+
+
+def folder_of_pairs(args):
+    """Where the pairs of a run are."""
+    return Path(args.pair_folder or Path(args.output_dir) / "pairs")
+
+
+def how_made(args):
+    """What the arguments tell of how pairs are made."""
+    names = ("pair_sampler_steps", "pair_cfg_scale", "seed")
+    return {f"--{name}": getattr(args, name) for name in names}
+
+
+def known_of_pairs(folder, made_of):
+    """What `pairs.json` of a folder says; None if there is none.
+
+    Raises:
+        Mistake: if it is not what is in `made_of`, or cannot be read.
+    """
+    about = folder / "pairs.json"
+    if not about.exists():
+        return None
+    try:
+        there = json.loads(about.read_text())
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--pair_folder: {about} cannot be read ({error}): delete the folder") from None
+    differ = [k for k in made_of if there.get(k) != made_of[k]]
+    if differ:
+        raise Mistake(
+            f"--pair_folder: the pairs in {folder} are made with another {', '.join(differ)}: name another folder"
+        )
+    return there
 
 
 def recipe(args, models, actors):
@@ -63,11 +97,9 @@ def recipe(args, models, actors):
     made_of = {
         "reference": checksum({k: whole_tensor(v) for k, v in weights.items()}),
         "sampler": f"{type(scheduler).__name__} {json.dumps(dict(scheduler.config), sort_keys=True, default=str)}",
-        "--pair_sampler_steps": args.pair_sampler_steps,
-        "--pair_cfg_scale": args.pair_cfg_scale,
         "--embedded_guidance": models.embedded_guidance,
         "latents": list(actors.pipe.latent_shape(*models.image_sizes[0])),
-        "--seed": args.seed,
+        **how_made(args),
     }
     return json.loads(json.dumps(made_of))
 
@@ -80,23 +112,12 @@ class PairFolder:
     """
 
     def __init__(self, args, made_of, is_main=True):
-        folder = Path(args.pair_folder or Path(args.output_dir) / "pairs")
-        self.folder, about = folder, folder / "pairs.json"
-        try:
-            there = json.loads(about.read_text())
-        except FileNotFoundError:
-            there = None
-        except (OSError, ValueError) as error:
-            raise Mistake(f"--pair_folder: {about} cannot be read ({error}): delete the folder") from None
-        if there not in (None, made_of):
-            differ = [k for k in made_of if there.get(k) != made_of[k]]
-            raise Mistake(
-                f"--pair_folder: the pairs in {folder} are made with another {', '.join(differ)}: name another folder"
-            )
+        self.folder = folder = folder_of_pairs(args)
+        there = known_of_pairs(folder, made_of)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if is_main and there is None:
-                write_text(about, json.dumps(made_of, indent=2) + "\n")
+                write_text(folder / "pairs.json", json.dumps(made_of, indent=2) + "\n")
         except OSError as error:
             raise Mistake(f"--pair_folder {folder} cannot be written: {error}") from None
 

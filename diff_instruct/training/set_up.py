@@ -204,9 +204,10 @@ def load(args, accelerator, known, started):
         decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
 
     first = step_of(known.checkpoint) if known.checkpoint else -args.pair_steps - args.ta_warmup_steps
-    theta, psi = train(args, accelerator, roles, actors, on_pairs=first < -args.ta_warmup_steps)
+    on_pairs = first < -args.ta_warmup_steps
+    theta, psi = train(args, accelerator, roles, actors, on_pairs)
     encode = make_conditioning(args, actors.pipe, device)
-    draws = make_draws(args, accelerator, known, actors, encode)
+    draws = make_draws(args, accelerator, known, actors, encode, with_pairs=on_pairs or args.anchor_scale > 0)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
     most = max(args.reward_ratio_steps, args.max_train_steps // 4)
@@ -269,7 +270,7 @@ def train(args, accelerator, roles, actors, on_pairs):
     return theta, psi
 
 
-def make_draws(args, accelerator, known, actors, encode):
+def make_draws(args, accelerator, known, actors, encode, with_pairs):
     """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded, and pairs are drawn
     that are missing."""
     index, processes, pipe = accelerator.process_index, accelerator.num_processes, actors.pipe
@@ -299,7 +300,7 @@ def make_draws(args, accelerator, known, actors, encode):
         args.min_timestep,
         args.max_timestep,
         args.timestep_shift,
-        make_pair_stream(args, accelerator, known, actors, encode) if needs_pairs(args) else None,
+        make_pair_stream(args, accelerator, known, actors, encode) if with_pairs else None,
         anchored_from=args.pair_steps if args.anchor_scale else None,
     )
 
