@@ -14,9 +14,10 @@ from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline
 from tests.runs import history, load, run, same, watch_actors, watch_export, weights
-from tests.test_families import PREPARE
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
 
+
+PREPARE = {"pixart": tiny_pixart, "sd": tiny_sd, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
