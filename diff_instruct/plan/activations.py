@@ -9,7 +9,7 @@ from functools import partial
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding
@@ -28,7 +28,10 @@ from pipeline_one_step import OneStepPipeline
 
 
 class Live(TorchDispatchMode):
-    """Within: counts the bytes of storages that operations make and that are still held; `peak` is the highest sum."""
+    """Within: counts the bytes of storages that operations make and that are still held; `peak` is the highest sum.
+
+    Masks of prompts, which [`Tokens`] makes with contents, keep them: networks ask them for lengths.
+    """
 
     def __init__(self):
         super().__init__()
@@ -37,7 +40,13 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
             self.see(tensor, is_new=False)
-        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = (kwargs or {}).get("dtype") in (torch.int64, torch.bool)  # of nothing: it may be a mask
+        hollow = any(isinstance(tensor, FakeTensor) for tensor in tensors) if tensors else not made
+        if function is torch.ops.aten.index.Tensor and hollow:
+            args = args[0], [places for index in args[1] for places in of_mask(index)]
+        with nullcontext() if hollow else unset_fake_temporarily():
+            result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             self.see(tensor, is_new=True)
         return result
@@ -63,16 +72,35 @@ class Live(TorchDispatchMode):
         return self.peak - before
 
 
-class Tokens:
-    """Any tokenizer: as many tokens as there can be."""
+def of_mask(index):
+    """An index as integers, one tensor a dimension: a mask has as many places as its contents say."""
+    is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+    if not is_mask:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
 
-    model_max_length = 77
+
+class Tokens:
+    """Any tokenizer: as many tokens as there can be.
+
+    Args:
+        text_encoder: whose tokens they are; None: there is none.
+    """
+
+    def __init__(self, text_encoder=None):
+        config = getattr(text_encoder, "config", None)
+        self.model_max_length = min(getattr(config, "max_position_embeddings", None) or 77, 77)
 
     def encode(self, text):
         return [1] * len(text.split())
 
-    def __call__(self, prompt, max_length=77, **_):
-        tokens = torch.ones(len(prompt), max_length, dtype=torch.long)
+    def apply_chat_template(self, messages, tokenize=True, **options):
+        return self([messages], **options) if tokenize else "a"
+
+    def __call__(self, prompt, max_length=None, **_):
+        with unset_fake_temporarily():
+            tokens = torch.ones(len(prompt), max_length or self.model_max_length, dtype=torch.long)
         return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
 
 
@@ -150,7 +178,8 @@ def hollow_actors(args, models, roles, dtype, autocast, fake):
     """(pipe, [`Denoiser`] of each role by name) as `load_actors` makes them, without contents."""
     networks = hollow_bases(models, roles, dtype, fake, args.base_quantization)
     network_of = {role.name: networks[role.base] for role in roles}
-    parts = {k: hollow(v, dtype, fake) for k, v in models.networks.items() if k != models.denoiser}
+    others = {k: v for k, v in models.networks.items() if k != models.denoiser}
+    parts = {k: hollow(copy.deepcopy(v).to(dtype) if k != "vae" else v, dtype, fake) for k, v in others.items()}
     for network in networks.values():
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
@@ -168,7 +197,8 @@ def hollow_actors(args, models, roles, dtype, autocast, fake):
         embedded_guidance=models.embedded_guidance,
         sizes=[list(size) for size in models.sizes] or None,
     )
-    pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3 = Tokens(), Tokens(), Tokens()
+    for place in ("", "_2", "_3"):
+        setattr(pipe, f"tokenizer{place}", Tokens(getattr(pipe, f"text_encoder{place}")))
     return pipe, {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
 
 
