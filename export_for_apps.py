@@ -126,7 +126,7 @@ def write(pipe, path, folder, name, kinds, prompt, gguf_types=()):
             stock_pipeline(pipe).save_pretrained(aside)
         written.append(f"{name}_diffusers")
     notes = ""
-    if pipe.config.family == "StableDiffusionXLPipeline" and pipe.vae.config.force_upcast and "single_file" in kinds:
+    if app.half_overflows and pipe.vae.config.force_upcast and "single_file" in kinds:
         notes = (
             f"\n\nThe VAE in {name}.safetensors is in float16, in which this one may overflow: the picture is then "
             "black. ComfyUI decodes in bfloat16 or float32 by itself; in Forge and A1111 give `--no-half-vae`; "

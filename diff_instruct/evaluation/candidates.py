@@ -152,13 +152,19 @@ def empty_networks(path, index, cache_dir):
 
 
 def cut_of(contender, models, cache_dir, prompts):
-    """The [`Cut`] of a contender: how many of the prompts it reads in part only. `models` is what `check` returned."""
+    """The [`Cut`] of a contender: how many of the prompts it reads in part only. `models` is what `check` returned.
+
+    Of the first exports, which do not name their family, none are counted.
+    """
     if models is None:
         index = read_index(contender.path, cache_dir=cache_dir)
-        family = find_family(index.get("family", "PixArtAlphaPipeline"), contender.path)  # the first exports' family
-        networks = empty_networks(contender.path, index, cache_dir)
-        length = index.get("max_sequence_length")
-        cut = Cut(readings_of(contender.path, family, networks, length, cache_dir=cache_dir))
+        readings = []
+        if "family" in index:
+            family = find_family(index["family"], contender.path)
+            networks = empty_networks(contender.path, index, cache_dir)
+            length = index.get("max_sequence_length")
+            readings = readings_of(contender.path, family, networks, length, cache_dir=cache_dir)
+        cut = Cut(readings)
     else:
         cut = Cut.of(models)
     for prompt in prompts:

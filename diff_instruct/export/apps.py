@@ -25,6 +25,7 @@ class App:
         encoder: ComfyUI's node that loads the text encoders, its `type`, and the files.
         latent: ComfyUI's node that makes empty latents.
         vae: the published VAE's file; None if the export's own is written.
+        half_overflows: whether the published VAE overflows in float16.
         task: of `optimum-cli export openvino`, or None.
         stable_diffusion_cpp: its arguments for text encoders and VAE; None if it does not draw the family.
     """
@@ -36,6 +37,7 @@ class App:
     encoder: tuple | None = None
     latent: str = "EmptyLatentImage"
     vae: str | None = None
+    half_overflows: bool = False
     task: str | None = None
     stable_diffusion_cpp: str | None = None
 

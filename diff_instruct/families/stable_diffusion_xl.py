@@ -18,6 +18,7 @@ class StableDiffusionXL(Family):
     apps = {
         "betas": ("scaled_linear", 0.00085, 0.012),
         "single_file": True,
+        "half_overflows": True,
         "task": "stable-diffusion-xl",
         "stable_diffusion_cpp": "",
     }
