@@ -17,11 +17,11 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
-from diff_instruct.export.tensors import save_network
 from diff_instruct.families import FAMILIES
 from diff_instruct.models.published import Published, load_rounded, shards
 from diff_instruct.models.rounding import rounding, stored_bytes
 from diff_instruct.models.sources import ModelSource
+from diff_instruct.models.tensors import save_network
 
 
 GIB = 2**30

@@ -10,7 +10,6 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
-from diff_instruct.export.tensors import save_network
 from diff_instruct.families import FAMILIES
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.decoder import checkpoint_decoder
@@ -18,6 +17,7 @@ from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.lora import Merged, add_lora, merged, trained_parameters
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import models_of
+from diff_instruct.models.tensors import save_network
 from diff_instruct.plan import advice
 from diff_instruct.plan.activations import Live, activations
 from diff_instruct.plan.memory_plan import GIB

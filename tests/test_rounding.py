@@ -9,7 +9,6 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diff_instruct.export.tensors import save_network
 from diff_instruct.families import FAMILIES
 from diff_instruct.mistake import Mistake
 from diff_instruct.models import rounding as rounding_module
@@ -36,6 +35,7 @@ from diff_instruct.models.rounding import (
     rounding,
     stored_bytes,
 )
+from diff_instruct.models.tensors import save_network
 from tests.families import BUILD as PIPELINES
 from tests.families import FAMILY
 

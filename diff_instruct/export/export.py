@@ -13,10 +13,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import get_peft_model_state_dict
 
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
-from diff_instruct.export.tensors import save_network
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
 from diff_instruct.models.sharding import whole
+from diff_instruct.models.tensors import save_network
 from diff_instruct.models.weight_files import options
 from diff_instruct.training.record import portable
 

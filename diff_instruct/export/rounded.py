@@ -9,9 +9,9 @@ import re
 import numpy as np
 import torch
 
-from diff_instruct.export.tensors import write_tensors
 from diff_instruct.files import whole
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.tensors import write_tensors
 
 
 FP8 = torch.float8_e4m3fn

@@ -13,9 +13,9 @@ from accelerate.utils import load
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from diff_instruct.export.tensors import write_files
 from diff_instruct.files import NotWritten, flush, writing
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.tensors import write_files
 from diff_instruct.training.record import arguments_of, prompts_of
 
 

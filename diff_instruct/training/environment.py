@@ -36,7 +36,11 @@ def check_engine(args):
         raise Mistake("--reuse_generated does not work with FSDP2, which gathers weights for one pass: leave it out")
     if args.offload_ema:
         raise Mistake("--offload_ema does not work with FSDP2, which divides the average: leave it out")
-    # It is on by default, and transformers then leaves text encoders and rewards empty on all processes but the first.
+
+
+def load_whole_everywhere():
+    """With FSDP accelerate has transformers leave text encoders and rewards empty, by default, on all processes but
+    the first."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 

@@ -38,7 +38,13 @@ from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, step_of
 from diff_instruct.training.draws import Draws
-from diff_instruct.training.environment import autocast_of, check_accelerations, check_engine, use_cores
+from diff_instruct.training.environment import (
+    autocast_of,
+    check_accelerations,
+    check_engine,
+    load_whole_everywhere,
+    use_cores,
+)
 from diff_instruct.training.history import History
 from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.output_folder import prepare_output_dir
@@ -139,6 +145,7 @@ def set_up(args):
 def make_accelerator(args):
     """Where it runs. `args.mixed_precision` becomes what accelerate is configured for, if it was not given."""
     check_engine(args)
+    load_whole_everywhere()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
