@@ -107,7 +107,10 @@ def check_args(args):
     if args.divergence == "score" and args.reward_mode == "diffused":
         raise Mistake("--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives")
     if args.reward == [NO_REWARD] and args.reward_scale != 0:
-        raise Mistake(f"--reward {NO_REWARD} needs --reward_scale 0: give that, or a reward")
+        given = "no --reward_ratio, but --reward_scale 0" if args.reward_ratio is not None else "--reward_scale 0"
+        raise Mistake(f"--reward {NO_REWARD} needs {given}: give that, or a reward")
+    if args.lora_target_modules and not (args.lora_rank or args.ta_lora_rank):
+        raise Mistake("--lora_target_modules names what gets adapters: give --lora_rank or --ta_lora_rank, too")
     if not args.min_timestep < args.max_timestep:
         raise Mistake("--min_timestep must be less than --max_timestep")
     if not args.cfg_interval[0] < args.cfg_interval[1]:
