@@ -271,8 +271,9 @@ def add_reward_arguments(parser):
     g = parser.add_argument_group("reward")
     g.add_argument(
         "--reward", type=text, nargs="+", metavar="NAME[:WEIGHT]",
-        help=f"r(x, c), the weighted sum of: {', '.join(CATALOGUE)}, or your own as path/to/file.py:function; none: "
-        "no reward, where --reward_scale is 0; default: image_reward, or none where it is 0",
+        help=f"r(x, c), the weighted sum of: {', '.join(CATALOGUE)}, your own as path/to/file.py:function, or a "
+        "judge's URL http://host:port/path; none: no reward, where --reward_scale is 0; default: image_reward, or "
+        "none where it is 0",
     )  # fmt: skip
     g.add_argument(
         "--heldout_reward",
@@ -288,6 +289,7 @@ def add_reward_arguments(parser):
         metavar="NAME=PATH",
         help="local files or folders, instead of the Hub's",
     )
+    add_judges_arguments(g)
     g.add_argument("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="of the rewards' networks")
     g.add_argument(
         "--reward_batch_size", type=positive_int, help="images decoded and scored at a time; default: the whole batch"
@@ -310,6 +312,18 @@ def add_reward_arguments(parser):
     g.add_argument(
         "--heldout_patience", type=natural, default=0,
         help="stop when the first held-out reward was below its best in so many validations in a row; 0: never",
+    )  # fmt: skip
+
+
+def add_judges_arguments(g):
+    """Of judges elsewhere; `evaluate_one_step.py` has them, too."""
+    g.add_argument(
+        "--reward_timeout", type=positive, default=60.0,
+        help="seconds that a judge at a URL may take to answer for a batch",
+    )  # fmt: skip
+    g.add_argument(
+        "--reward_retries", type=natural, default=5,
+        help="how often it is asked again if it does not, with pauses of 2, 4, 8, ... 60 seconds",
     )  # fmt: skip
 
 
