@@ -231,13 +231,18 @@ def add_algorithm_arguments(parser):
         help="--cfg_scale within the distance of scores, or beside it as the implicit reward that it is in the IKL",
     )  # fmt: skip
     g.add_argument(
-        "--reward_mode", choices=["clean", "diffused"], default="clean",
-        help="reward of the generated image, or (DIDR) of what the reference makes of it from every noise level; then "
-        "--reward_scale is the exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
+        "--reward_mode", choices=["clean", "diffused", "surrogate"], default="clean",
+        help="reward of the generated image; or (DIDR) of what the reference makes of it from every noise level; or "
+        "of a third network that learns the reward from its numbers alone. With the last two --reward_scale is the "
+        "exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
     )  # fmt: skip
     g.add_argument(
         "--diffused_reward_steps", type=positive_int, default=1, help="k, denoising steps of --reward_mode diffused"
     )
+    g.add_argument(
+        "--surrogate_group", type=whole(2), default=4,
+        help="n, pictures of a prompt whose scores the surrogate compares, at n noise levels each",
+    )  # fmt: skip
     g.add_argument(
         "--ta_steps",
         type=positive_int,
@@ -341,6 +346,12 @@ def add_optimization_arguments(parser):
         "--ta_lora_rank", type=natural, default=0, help="train the TA as LoRA on the reference; 0: a full copy"
     )
     g.add_argument("--ta_lora_alpha", type=positive, help="LoRA scale; default: the rank")
+    g.add_argument("--surrogate_learning_rate", type=positive, help="of the surrogate; default: as the TA")
+    g.add_argument(
+        "--surrogate_lora_rank", type=natural, default=0,
+        help="train the surrogate as LoRA on the reference; 0: a full copy",
+    )  # fmt: skip
+    g.add_argument("--surrogate_lora_alpha", type=positive, help="LoRA scale; default: the rank")
     g.add_argument(
         "--lora_target_modules",
         type=text,
