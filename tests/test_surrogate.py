@@ -35,6 +35,12 @@ def schedule(request):
     return SCHEDULES[request.param]
 
 
+SHIFT = {  # α and σ of γ = α² / σ²
+    "epsilon": lambda gamma: ((gamma / (1 + gamma)) ** 0.5, (1 / (1 + gamma)) ** 0.5),
+    "flow": lambda gamma: (gamma**0.5 / (1 + gamma**0.5), 1 / (1 + gamma**0.5)),
+}
+
+
 def covered(schedule):
     """The share of ∫ S dγ / (1 + S γ)² = 1 that lies in the range of the levels."""
     _, log_snr = levels(schedule, LOW, HIGH)
@@ -201,6 +207,53 @@ def test_the_generator_ends_at_the_tilted_reference(schedule, weighting):
         assert figures["norm_surrogate"] > 0
     assert b.item() == pytest.approx(MU + DELTA, abs=0.02)
     assert a.item() == pytest.approx(S**0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_free_levels(prediction):
+    """Where each level has a shift of its own, the comparisons fix but a sum of them. Gradient descent on an ε
+    network's outputs finds those of one density, p_φ = N(μ + δ, S), and the generator's optimum is μ + δ for any w(t);
+    on a flow network's it finds α² times as much at each level, up to a factor: the optimum then depends on w(t)."""
+    log_snr = torch.linspace(LOWEST, 8, 281, dtype=torch.float64)
+    gamma = log_snr.exp()
+    alpha, sigma = SHIFT[prediction](gamma)
+    shrunk = sigma**2 / (alpha**2 * S + sigma**2)  # of a shift of the mean, in x̂0
+    to_x0 = {"epsilon": sigma / alpha, "flow": sigma}[prediction]
+    y = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    output, pairs = torch.zeros_like(gamma, requires_grad=True), K * y
+    for _ in range(400):
+        slope = (log_snr[-1] - log_snr[0]) * (gamma * shrunk * to_x0 * output).mean()
+        loss = bradley_terry(torch.stack([slope * y, 0 * y], 1), torch.stack([pairs, 0 * y], 1), ALPHA)
+        (gradient,) = torch.autograd.grad(loss, output)
+        output = (output - 0.05 * gradient).detach().requires_grad_()
+    assert loss < 1e-6
+    shift = (to_x0 * output).detach()
+    optimum = [(w * gamma * shift).sum() / (w * gamma * shrunk).sum() for w in (sigma / alpha, (sigma / alpha) ** 2)]
+    if prediction == "epsilon":
+        torch.testing.assert_close(shift, DELTA * shrunk, rtol=0.02, atol=1e-4)
+        assert optimum == pytest.approx([DELTA] * 2, rel=0.02)
+    else:
+        torch.testing.assert_close(shift / shrunk / alpha**2, (shift / shrunk / alpha**2)[:1].expand(281))
+        assert optimum[0] > 1.2 * optimum[1]
+
+
+def test_levels_at_equal_distances_leave_the_tilt_as_it_is(schedule):
+    """The table in docs/rewards.md: what is found is 1 / (1 + CV²) of the tilt, CV that of a level sum, if logits are
+    small."""
+    rng = torch.Generator().manual_seed(0)
+
+    def shrink(per_pair, draw):
+        u = draw(20_000, per_pair)
+        alpha, sigma = schedule(level_timesteps(u.flatten(), schedule, LOW, HIGH))
+        g = (alpha * sigma / (alpha**2 * S + sigma**2)).square().view(u.shape).mean(dim=1)
+        return 1 / (1 + (g.var() / g.mean() ** 2).item())
+
+    uniform = lambda n, per_pair: torch.rand(n, per_pair, generator=rng)  # noqa: E731
+    even = lambda n, per_pair: (torch.arange(per_pair) + torch.rand(n, 1, generator=rng)) / per_pair  # noqa: E731
+    stratified = lambda n, per_pair: (torch.arange(per_pair) + uniform(n, per_pair)) / per_pair  # noqa: E731
+    expected = (0.53, 0.82, 0.96) if schedule is SCHEDULES["variance-preserving"] else (0.44, 0.75, 0.89)
+    assert (shrink(1, uniform), shrink(4, uniform), shrink(4, stratified)) == pytest.approx(expected, abs=0.015)
+    assert shrink(4, even) > 0.995
 
 
 # Runs.
