@@ -99,9 +99,10 @@ class Surrogate:
         with torch.no_grad():
             x0 = self.generator.generate(batch.z, batch.c, batch.noise, batch.step)
             r = self.scores(x0, batch.prompts)
-        first = torch.arange(len(x0), device=x0.device) // self.group * self.group
-        total = sum(self.at_level(x0, batch, first + level) for level in range(self.group)) / self.group
-        loss = bradley_terry(total.view(-1, self.group), r.view(-1, self.group), reward_scale)
+        groups = len(x0) // self.group
+        of_group = torch.arange(groups, device=x0.device).repeat(self.group)
+        total = sum(self.at_level(x0, batch, of_group + groups * level) for level in range(self.group)) / self.group
+        loss = bradley_terry(total.view(self.group, groups).T, r.view(self.group, groups).T, reward_scale)
         return loss, {"surrogate_loss": loss.detach(), "reward": r.mean()}
 
     def at_level(self, x0, batch, rows):

@@ -247,7 +247,7 @@ def test_named_flags_exist(page):
         "--w",
         "--n",
     }  # accelerate's, TensorBoard's, pip's, and those that other trainers' prompt files hold
-    for folder in ("experiments", "benchmarks", "tests/parity"):
+    for folder in ("examples", "experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
     for flag in {flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"--[\w-]+", code)}:

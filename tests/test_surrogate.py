@@ -73,7 +73,8 @@ class Given:
 def batch_of(schedule, n, rng):
     """As `Draws.groups` makes it."""
     z, eps = torch.randn(2, n, *SHAPE, generator=rng)
-    u = (torch.arange(n) % GROUP + torch.rand(n // GROUP, generator=rng).repeat_interleave(GROUP)) / GROUP
+    groups = n // GROUP
+    u = (torch.arange(GROUP).repeat_interleave(groups) + torch.rand(groups, generator=rng).repeat(GROUP)) / GROUP
     t = level_timesteps(u, schedule, LOW, HIGH)
     return Batch(["c"] * n, {}, z, z[:0], torch.zeros(n, dtype=torch.long), t, eps)
 

@@ -56,11 +56,12 @@ class Draws:
     def groups(self, n):
         """Yield those of a surrogate's step: n samples for each prompt, all after the same step of the generator.
         Their t are levels for [`Surrogate`]: those of a group at equal distances in log-SNR, from an offset that is
-        drawn."""
+        drawn. Of G groups, samples g, g + G, g + 2 G, ... are one: so processes share out whole groups."""
         for _ in range(self.passes):
             draw = self.sampler()
-            prompts, step = [p for p in draw.prompts[::n] for _ in range(n)], draw.step[::n].repeat_interleave(n)
-            u = (torch.arange(len(prompts)) % n + draw.u[::n].repeat_interleave(n)) / n
+            groups = len(draw.prompts) // n
+            prompts, step = draw.prompts[:groups] * n, draw.step[:groups].repeat(n)
+            u = (torch.arange(n).repeat_interleave(groups) + draw.u[:groups].repeat(n)) / n
             t = level_timesteps(u, self.schedule, self.low, self.high).to(draw.z.device)
             yield self.batch(draw._replace(prompts=prompts, step=step))._replace(t=t)
 
