@@ -7,6 +7,7 @@ memory (VmHWM) above that of the process before it loads, as a ratio to rounded 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,9 @@ def main():
         state = {name: Random(p) for name, p in network.state_dict().items()}
         save_network(network, folder, state, torch.bfloat16)
         for kind in args.kind:
-            subprocess.run([sys.executable, __file__, args.network, kind, "--folder", folder], check=True)
+            command = [sys.executable, __file__, args.network, kind, "--folder", folder]
+            large = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
+            subprocess.run(command, check=True, env={**os.environ, **large})
 
 
 if __name__ == "__main__":

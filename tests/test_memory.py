@@ -24,7 +24,7 @@ from diff_instruct.plan.memory_plan import GIB
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.steps import generator_step, ta_loss
-from tests.families import BUILD, FAMILY
+from tests.families import BUILD, FAMILY, save
 from tests.runs import run
 
 
@@ -202,3 +202,13 @@ def test_a_decoder_is_checkpointed_from_outside_where_diffusers_cannot(name):
     checkpoint_decoder(vae)
     again, same, less = drawn()
     assert torch.equal(picture, again) and torch.equal(gradient, same) and less < 0.8 * held
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "ZImagePipeline"])
+def test_a_rounded_base_is_predicted_without_contents(tiny_args, tmp_path, name):
+    """Of other families, too: codes, scales and what decodes them."""
+    folder = save(name, tmp_path / "reference")
+    options = [*BF16, "--pretrained_model_name_or_path", folder, "--base_quantization", "nf4", "--cfg_scale", 1]
+    args = parse_args([*tiny_args, *map(str, options)])
+    found = activations(args, models_of(args), "bf16")
+    assert found["generator's step"] > found["validation"] > 0

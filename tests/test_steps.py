@@ -291,13 +291,13 @@ def test_bfloat16_and_checkpointing_train_every_weight(short_args, models, tmp_p
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--generator_steps", 0], "--generator_steps must be a whole number from 1 to 4"),
-        (["--generator_steps", 5], "--generator_steps must be a whole number from 1 to 4"),
+        (["--generator_steps", 0], "--generator_steps must be a whole number from 1 to 8"),
+        (["--generator_steps", 9], "--generator_steps must be a whole number from 1 to 8"),
         (["--timestep", 400, 400], "--timestep 400 400 must descend"),
         (["--timestep", 200, 400], "--timestep 200 400 must descend"),
         (["--timestep", 400, 200, "--generator_steps", 3], "400 200 are 2 steps, but --generator_steps is 3"),
         (["--timestep", 400, 200, "--generator_steps", 1], "400 200 are 2 steps, but --generator_steps is 1"),
-        (["--timestep", 5, 4, 3, 2, 1], "5 4 3 2 1 are 5 steps, but the generator takes at most 4"),
+        (["--timestep", *range(9, 0, -1)], "9 8 7 6 5 4 3 2 1 are 9 steps, but the generator takes at most 8"),
         (["--timestep", 1000, 500], r"--timestep 1000 500 is outside the schedule of .*: t\* must be in 0\.\.999"),
         (["--timestep", 2, "--generator_steps", 4], "--timestep 2 is too low for 4 steps: 2 1 1 0"),
     ],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
+from diff_instruct.models.adapter_start import read_adapters, start_adapters
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import is_copy, load_network, load_reference, one_step_pipeline
@@ -31,11 +32,6 @@ class Actors:
     @property
     def ta(self):
         return self.cast["ta"]
-
-    @property
-    def surrogate(self):
-        """φ, or None."""
-        return self.cast.get("surrogate")
 
     @property
     def ref(self):
@@ -77,7 +73,7 @@ def load_bases(models, roles, reference, *rounded):
         if role.base not in networks:
             make(role.base)
         if role.rank:
-            add_lora(networks[role.base], role.name, role.rank, role.alpha, models.lora_targets)
+            add_lora(networks[role.base], role.name, role.rank, role.alpha, models.targets_of(role))
     return networks
 
 
@@ -93,6 +89,8 @@ def load_actors(models, roles, device, dtype, autocast, args):
     stock = load_reference(models, dtype, *rounded)
     networks = load_bases(models, roles, getattr(stock, models.denoiser), *rounded)
     network_of = {role.name: networks[role.base] for role in roles}
+    if models.start is not None:
+        start_adapters(network_of["generator"], "generator", read_adapters(models.start, stock, models.denoiser))
     pipe = one_step_pipeline(models, stock, network_of["generator"])
     for network in networks.values():
         if args.gradient_checkpointing:

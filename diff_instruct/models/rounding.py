@@ -19,19 +19,20 @@ BLOCK, OUTER = 64, 256  # nf4: weights that share a scale, and scales that share
 CHUNK = 2**20  # weights that are rounded at a time
 
 
-def chunks(weight):
-    """A weight in groups of rows: rounding needs several copies of what it rounds."""
-    return weight.split(max(BLOCK, CHUNK // weight.shape[1] // BLOCK * BLOCK))
+def rows_at_a_time(weight):
+    """How many rows of a weight to round together, which takes several copies of them. What stays is allocated first,
+    or memory ends up in pieces."""
+    return max(BLOCK, CHUNK // weight.shape[1] // BLOCK * BLOCK)
 
 
 def encode_int8(weight):
     """Codes (out, in) and scales (out, 1) of a weight."""
-    codes, scales = [], []
-    for rows in chunks(weight):
-        scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.bfloat16).tiny)
-        scales.append(scale.bfloat16())
-        codes.append((rows.float() / scales[-1].float()).round_().clamp_(-127, 127).to(torch.int8))
-    return {"weight": torch.cat(codes), "scale": torch.cat(scales)}
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scales = torch.empty_like(weight[:, :1], dtype=torch.bfloat16)
+    for rows, code, scale in zip(*(t.split(rows_at_a_time(weight)) for t in (weight, codes, scales))):
+        scale.copy_((rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.bfloat16).tiny))
+        code.copy_((rows.float() / scale.float()).round_().clamp_(-127, 127))
+    return {"weight": codes, "scale": scales}
 
 
 def decode_int8(parts, shape, dtype):
@@ -42,15 +43,16 @@ def encode_nf4(weight):
     """Codes, two to a byte, scales in 8 bits, and theirs: as bitsandbytes' `quantize_4bit` of all of it."""
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    codes, scales = [], []
-    for rows in chunks(weight):
+    codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+    scales, end = torch.empty(weight.numel() // BLOCK, device=weight.device), 0
+    for rows in weight.split(rows_at_a_time(weight)):
         part, state = quantize_4bit(rows.flatten(), blocksize=BLOCK, quant_type="nf4")
-        codes.append(part)
-        scales.append(state.absmax)
-    scales = torch.cat(scales)
+        start, end = end, end + rows.numel()
+        codes[start // 2 : end // 2] = part.flatten()
+        scales[start // BLOCK : end // BLOCK] = state.absmax
     offset = scales.mean()
     scales, outer = quantize_blockwise(scales - offset, blocksize=OUTER)
-    return nf4_parts(torch.cat(codes), QuantState(scales, offset=offset, state2=outer))
+    return nf4_parts(codes, QuantState(scales, offset=offset, state2=outer))
 
 
 def nf4_parts(codes, state):

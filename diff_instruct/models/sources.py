@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from diff_instruct.families import find_family
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.adapter_start import targets_with
 from diff_instruct.models.configs import (
     ModelSource,
     check_resolution,
@@ -15,7 +16,7 @@ from diff_instruct.models.configs import (
 )
 from diff_instruct.models.lora import lora_targets
 from diff_instruct.models.single_file import config_of, converted, is_single_file
-from diff_instruct.models.starts import Lora, check_generator, check_lora, fixed_timesteps, words
+from diff_instruct.models.starts import Lora, check_generator, check_lora, check_start, fixed_timesteps, words
 from diff_instruct.models.weight_files import check_file
 from pipeline_one_step import Family
 
@@ -35,6 +36,7 @@ class Models:
         embedded_guidance: of networks that have guidance as an input; None is the family's.
         lora_targets: the layers that get adapters, as peft's `target_modules`; None is the family's.
         sizes: (height, width) of each size that is trained, in pixels; empty: the reference's own.
+        start ([`Lora`]): what the generator's adapters start as, or None; start_layers: the layers that it is for.
     """
 
     reference: ModelSource
@@ -49,11 +51,17 @@ class Models:
     embedded_guidance: float | None = None
     lora_targets: tuple | str | None = None
     sizes: tuple = ()
+    start: Lora | None = None
+    start_layers: tuple = ()
 
     @property
     def denoiser(self):
         """Name of the network that denoises."""
         return self.family.denoiser
+
+    def targets_of(self, role):
+        """The layers that get adapters of a [`Role`]."""
+        return targets_with(self.lora_targets, self.start_layers) if role.name == "generator" else self.lora_targets
 
     @property
     def image_sizes(self):
@@ -153,6 +161,12 @@ def models_of(args):
     models = read_models(reference, generator, vae, *asked, lora)
     targets = lora_targets(args.lora_target_modules, models.family, models.networks[models.denoiser])
     models = replace(models, lora_targets=targets, sizes=tuple(sizes_of(args.resolution)))
+    if args.pretrained_generator_lora is not None:
+        start, network = Lora.parse(args.pretrained_generator_lora, cache_dir), models.networks[models.denoiser]
+        if generator is not None:
+            raise Mistake("give either --pretrained_generator_name_or_path or --pretrained_generator_lora")
+        layers = check_start(start, models.family, network, args.lora_rank)
+        models = replace(models, start=start, start_layers=layers)
     scales = {"cfg_scale": args.cfg_scale} | (
         {"pretrain_cfg_scale": args.pretrain_cfg_scale} if args.pretrain_steps else {}
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import init_empty_weights
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import PeftConfig, PeftType
 from peft.utils.save_and_load import load_peft_weights
 
@@ -114,11 +115,15 @@ def check_generator(source, family, network, timestep, generator_steps, input_no
     return trained_at, index.get("input_noise", "unit"), guidance
 
 
-def check_lora(lora, family, network):
-    """Raises Mistake if LoRA weights are not there, or not for this network alone."""
+def check_lora(lora, family, network, flag="--reference_lora"):
+    """The layers that LoRA weights are for, each with their rank there.
+
+    Raises:
+        Mistake: if they are not there, or not for this network alone.
+    """
     for file in (lora.path, *Path(lora.path).glob("*.safetensors")):
         check_file(file)
-    where, config = f"--reference_lora {lora.path}", lora.peft_config
+    where, config = f"{flag} {lora.path}", lora.peft_config
     if config is not None and config.peft_type != PeftType.LORA:
         raise Mistake(f"{where} holds adapters of the kind {config.peft_type.value}, not LoRA")
     if config is not None:
@@ -131,12 +136,15 @@ def check_lora(lora, family, network):
         except (OSError, ValueError) as error:
             raise Mistake(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
     state = state[0] if isinstance(state, tuple) else state
+    if family.denoiser == "unet" and config is None:  # from the several kinds of names that UNets' files have
+        state = convert_unet_state_dict_to_peft(state)
     shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in network.named_parameters() if p.ndim > 1}
-    others, layers = [], 0
+    others, layers = [], {}
     for key, value in state.items():
         layer, _, part = key.removeprefix(prefix).replace(".processor", "").partition(".lora")
         axis = 1 if part.startswith("_A") else 0 if part.startswith("_B") else None
-        layers += axis == 1
+        if axis == 1:
+            layers[layer] = value.shape[0]
         if not key.startswith(prefix) or layer not in shapes:
             others.append(f"it also holds {key if not key.startswith(prefix) else layer}")
         elif axis is not None and value.shape[axis] != shapes[layer][axis]:
@@ -144,3 +152,17 @@ def check_lora(lora, family, network):
     if others or not layers:
         what = min(others) if others else "it holds no LoRA weights"
         raise Mistake(f"{where} is not for the {family.denoiser} of a {family.name}: {what}")
+    return layers
+
+
+def check_start(lora, family, network, rank):
+    """The layers of LoRA weights that the generator's adapters are to start as.
+
+    Raises:
+        Mistake: as `check_lora`, and if they are of a larger rank than the adapters.
+    """
+    layers = check_lora(lora, family, network, "--pretrained_generator_lora")
+    own = max(layers.values())
+    if own > rank:
+        raise Mistake(f"--pretrained_generator_lora {lora.path} is of rank {own}: give --lora_rank {own} or more")
+    return tuple(layers)

@@ -40,7 +40,7 @@ def plan(args, models, mixed_precision):
     n, base_bytes = count(network.parameters()), stored_bytes(rounded_base(args, models), frozen)
 
     def row(role):
-        k = n if role.in_full else adapters(models, role.rank) if role.rank else 0  # what is trained
+        k = n if role.in_full else adapters(models, role) if role.rank else 0  # what is trained
         base = base_bytes if role.base == role.name and not role.in_full else 0
         ema = 4 * k if role.averaged and not args.offload_ema else 0
         return {"weights": base + 4 * k, "gradients": 4 * k, "optimizer": adam * k, "ema": ema}
@@ -81,10 +81,10 @@ def words_of_rounding(args, models):
     )
 
 
-def adapters(models, rank):
-    """Number of elements of adapters of a rank in the network."""
+def adapters(models, role):
+    """Number of elements of a role's adapters in the network."""
     network = copy.deepcopy(models.networks[models.denoiser])
-    add_lora(network, "counted", rank, None, models.lora_targets)
+    add_lora(network, "counted", role.rank, None, models.targets_of(role))
     return count(trained_parameters(network, "counted").values())
 
 

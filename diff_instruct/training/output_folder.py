@@ -38,8 +38,10 @@ def inputs_of(args):
     names += " single_file_config reward_decoder train_prompts eval_prompts validation_images dataset_name"
     inputs = [(f"--{name}", getattr(args, name)) for name in names.split()]
     inputs += [("--validation_prompts", word) for word in args.validation_prompts or []]
-    lora = args.reference_lora and Lora.parse(args.reference_lora).path
-    return [*inputs, ("--reference_lora", lora), *files_of(sum(read_rewards(args), ()), args.reward_checkpoint)]
+    for name in ("reference_lora", "pretrained_generator_lora"):
+        words = getattr(args, name)
+        inputs.append((f"--{name}", words and Lora.parse(words).path))
+    return [*inputs, *files_of(sum(read_rewards(args), ()), args.reward_checkpoint)]
 
 
 def check_inputs_stay(args):
