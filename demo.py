@@ -151,7 +151,8 @@ def export_space(args):
     Raises:
         Mistake: if the Hub refuses it.
     """
-    on_hub = not Path(Contender.parse(f"model={args.model}").path).exists()
+    model = Contender.parse(f"model={args.model}")
+    on_hub = not Path(model.path).exists() and model == Contender("model", model.path)  # with options: not as it is
     model = {"hub_model": args.model} if on_hub else {"pipe": load_pipeline(args.model, args)}
     text = "Each picture is one evaluation of the network. Type: it redraws."
     write_space(args.export_space, args.title, text, args.examples or (), zero_gpu=args.zero_gpu, **model)

@@ -33,6 +33,7 @@ from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.specs import files_of, read_scorers
+from diff_instruct.training.argument_groups import add_judges_arguments
 from diff_instruct.training.environment import use_cores
 
 
@@ -68,8 +69,9 @@ def build_parser():
     add("--seed", type=seed, default=1234, help="of the images; the training script judges with the default")
     add("--rewards", type=text, nargs="+", metavar="NAME",
         default=["image_reward", "hpsv2.1", "pickscore", "clip", "aesthetic"],
-        help=f"any of {', '.join(CATALOGUE)}, or your own as path/to/file.py:function; diversity is measured with the "
-        "first one")  # fmt: skip
+        help=f"any of {', '.join(CATALOGUE)}, your own as path/to/file.py:function, or a judge's URL "
+        "http://host:port/path; diversity is measured with the first one that has features")  # fmt: skip
+    add_judges_arguments(parser)
     add(
         "--reward_checkpoint",
         type=text,
@@ -98,7 +100,7 @@ def check_args(args):
         raise Mistake("--dataset_name is streamed: say how many prompts with --num_prompts")
     if args.batch_size < args.num_images:
         raise Mistake(f"--batch_size must be at least --num_images, {args.num_images}: a prompt's stay together")
-    read_scorers(args.rewards, args.reward_checkpoint)
+    read_scorers(args)
 
 
 def parse_models(args):
@@ -123,13 +125,13 @@ def check_output_dir(args, contenders):
     """Raises Mistake if `--output_dir` is, holds or lies in something that is evaluated or that scores."""
     inputs = [(f"--models {c.name}", path) for c in contenders.values() for path in (c.path, c.base)]
     inputs += [("--prompts", args.prompts), ("--dataset_name", args.dataset_name)]
-    inputs += files_of(read_scorers(args.rewards, args.reward_checkpoint), args.reward_checkpoint)
+    inputs += files_of(read_scorers(args), args.reward_checkpoint)
     check_apart([("--output_dir", args.output_dir)], inputs, [("--cache_dir", args.cache_dir or HF_HUB_CACHE)])
 
 
 def settings(args, prompts, dtype, device):
     """What the figures depend on, besides the models: an evaluation goes on only if it is the same."""
-    specs = read_scorers(args.rewards, args.reward_checkpoint)
+    specs = read_scorers(args)
     local = [path for spec in specs for path in (spec.file, spec.checkpoint) if path]
     names = ("num_images", "seed", "rewards", "reward_checkpoint", "batch_size", "resolution")
     return {
@@ -220,7 +222,7 @@ def main(args):
     # 2. Draw and score, model by model, what is not there yet.
     scorers = {}
     if any(missing.values()):
-        scorers = load_scorers(read_scorers(args.rewards, args.reward_checkpoint), device, args.cache_dir)
+        scorers = load_scorers(read_scorers(args), device, args.cache_dir)
     for name in (name for name, numbers in missing.items() if numbers):
         meter = Meter(device)
         draw, shape = load(contenders[name], known[name], args.resolution, args.cache_dir, dtype, device)

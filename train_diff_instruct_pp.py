@@ -3,7 +3,8 @@
 
 `accelerate launch train_diff_instruct_pp.py --reward_scale 10 --cfg_scale 4.5` runs it on the pocket reference.
 Paper: Luo, "Diff-Instruct++: Training One-step Text-to-image Generator Model to Align with Human Preferences",
-arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward.
+arXiv 2410.18881. In the comments: g_θ generator, s_ref reference, s_ψ teaching assistant (TA), r reward; and, where r
+has no gradient, p_φ, a surrogate that learns it.
 """
 
 import sys
@@ -36,6 +37,9 @@ def align(run):
             learn_pairs(run, watch, step)
             watch.after(step, alpha)
             continue
+
+        if run.surrogate is not None and alpha.rew:
+            learn_reward(run, watch, step, alpha)
 
         kept = []
         if args.reuse_generated and step >= 0:  # then ψ and θ learn from one x0, whose graph waits for θ's turn
@@ -80,6 +84,19 @@ def learn_pairs(run, watch, step):
         watch.not_taken(step, theta)
     if step + 1 == -run.args.ta_warmup_steps:
         theta.begin_from_average(**stage(run.args))
+
+
+def learn_reward(run, watch, step, alpha):
+    """A step of the surrogate φ: log p_φ(x0 | c) / p_ref(x0 | c) becomes α_rew r(x0, c), by comparing pictures of one
+    prompt, of which the reward gives numbers alone."""
+    phi = run.state.phi
+    with watch.scoring():
+        for batch in run.draws.groups(run.surrogate.group):
+            loss, figures = run.surrogate.loss(batch, alpha.rew)
+            run.accelerator.backward(loss / run.draws.passes)
+            watch.see(figures)
+    if not phi.step():
+        watch.not_taken(step, phi)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from diff_instruct.objectives import (
     diffused_reward_gradient,
     ikl_gradient,
     reward_gradient,
+    score_difference,
     score_gradient,
 )
 
@@ -204,6 +205,25 @@ class Anchor:
         x0, batch = noised.x0.detach(), noised.batch
         first = (batch.step == 0).view(-1, 1, 1, 1)
         return {"anchor": first * (self.scale * KAPPA / x0[0].numel() ** 0.5 * (x0 - batch.target))}
+
+
+@dataclass(frozen=True)
+class SurrogateReward:
+    """w(t) (s_ref − s_φ): the target score becomes s̃_ref + (s_φ − s_ref), that of p_ref exp(α_rew r) as far as φ has
+    learnt it (`diff_instruct/surrogate.py`); so the optimum does not depend on w(t). Its part: `surrogate`."""
+
+    phi: Callable  # a [`Denoiser`]
+
+    through = ()
+
+    def acts(self, alpha):
+        return alpha.rew != 0
+
+    @torch.no_grad()
+    def gradient(self, noised):
+        e, batch = noised.estimates, noised.batch
+        from_phi = self.phi.x0(noised.x_t, batch.t, batch.c)
+        return {"surrogate": e.w * e.alpha * score_difference(e.cond, from_phi, e.alpha, e.sigma)}
 
 
 def mean_norm(gradient):

@@ -14,7 +14,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -52,6 +51,8 @@ def recolour(body, hue):
 def render(body, size):
     """RGBA uint8 (RESOLUTION, RESOLUTION, 4) of an SVG body whose view box is `size` units wide, within the margin."""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" width="512" height="512">{body}</svg>'
+    import resvg_py  # whoever only reads a name of this module needs no package for drawing
+
     image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())  # sets leave different margins
     inner = RESOLUTION - 2 * MARGIN

@@ -75,6 +75,8 @@ TABLE = [
     ("train", ["--cfg_interval", "0.5", "0.2"], "--cfg_interval: the first fraction must be less"),
     ("train", ["--cfg_interval", "0.5", "1.2"], "a number from 0 to 1"),
     ("train", ["--reward_ratio", "1", "--reward_scale", "2"], "--reward_scale"),
+    ("train", ["--reward", "none", "--reward_ratio", "2"], "needs no --reward_ratio, but --reward_scale 0"),
+    ("train", ["--lora_target_modules", "to_q"], "give --lora_rank or --ta_lora_rank, too"),
     ("train", ["--timestep", "400", "500"], "--timestep 400 500 must descend"),
     ("train", ["--timestep", "400", "300", "--generator_steps", "3"], "--generator_steps is 3"),
     ("train", ["--timestep", *"987654321"], "at most 8"),

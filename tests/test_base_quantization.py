@@ -1,6 +1,7 @@
 """Runs on a rounded base: what they train and ship, stopped and resumed, predicted, and refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.lora import trained_parameters
-from diff_instruct.models.published import rounding_of
+from diff_instruct.models.published import check_rounding, rounding_of
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.rounding import rounded_layers, stored_bytes
 from diff_instruct.models.sources import models_of
@@ -87,6 +88,24 @@ def test_a_base_that_comes_out_otherwise_is_not_resumed_on(tiny_args, tmp_path):
 def test_what_a_rounded_base_cannot_have(tiny_args, options, words):
     with pytest.raises(Mistake, match=words):
         run([*tiny_args, *options, "--base_quantization", "nf4", "--dry_run"])
+
+
+def test_weights_that_are_no_safetensors_are_refused_before_anything_loads(tiny_args, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    folder = tmp_path / "model" / "transformer"
+    torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), tmp_path / "generator.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copy(tmp_path / "generator.bin", folder / "diffusion_pytorch_model.bin")
+    start = ["--timestep", 400, "--input_noise", "unit", "--pretrained_generator_name_or_path"]
+    for options, words in (
+        ([*start, tmp_path / "generator.bin"], "reads safetensors, but .*generator.bin is none: save it so"),
+        ([*start, folder], "has only diffusion_pytorch_model.bin: save it so"),
+        (["--pretrained_model_name_or_path", tmp_path / "model"], "model/transformer has only diffusion_pytorch_mo"),
+    ):
+        args = parsed(*tiny_args, *LORA, "--base_quantization", "int8", *options)
+        models = models_of(args)
+        with pytest.raises(Mistake, match=words):
+            check_rounding(args, models, roles_of(args, models))
 
 
 def test_fsdp_is_refused(tiny_args, monkeypatch):

@@ -216,6 +216,8 @@ def test_layers_that_get_adapters(tiny_args, tiny_model):
     for words, message in (
         (["to_q", "nothing"], "nothing is the name of no layer"),
         (["(to"], "no regular expression"),
+        ([r".*attn1.*"], r"\.\*attn1\.\* also names transformer_blocks.0.attn1, a Attention, which gets no adapters"),
+        (["to_q", "0"], "0 also names transformer_blocks.0, a BasicTransformerBlock"),
     ):
         with pytest.raises(Mistake, match=message):
             models_of(parse_args([*command, *words]))

@@ -20,6 +20,7 @@ import demo
 from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
 from diff_instruct.mistake import Mistake
+from diff_instruct.rewards import catalogue
 from diff_instruct.rewards import loading as rewards
 from diff_instruct.rewards.specs import RewardSpec
 from pipeline_one_step import OneStepPipeline
@@ -40,7 +41,7 @@ def export(tiny_model, tmp_path):
 
 @pytest.fixture(autouse=True)
 def tiny_scorers(tiny_pocket, monkeypatch):
-    monkeypatch.setattr(rewards, "POCKET", tiny_pocket)
+    monkeypatch.setattr(catalogue, "POCKET", tiny_pocket)
 
 
 @pytest.fixture
@@ -158,6 +159,14 @@ def test_a_space_for_zero_gpu_and_of_a_model_on_the_hub(tmp_path):
     front = (space / "README.md").read_text().split("---")[1]
     assert "suggested_hardware: zero-a10g" in front and "models:\n- me/apples" in front
     assert "spaces" in (space / "requirements.txt").read_text().split() and not (space / "model").exists()
+
+
+def test_a_space_never_names_what_is_no_model_on_the_hub(tmp_path):
+    """Options are no part of an id: the pipeline that they describe is loaded, and written."""
+    words = "me/apples,base=me/pears,timestep=400,noise=unit", "--export_space", tmp_path / "space"
+    with pytest.raises(Mistake, match="no pipeline can be read from me/pears"):
+        demo.main(arguments(*words))
+    assert not (tmp_path / "space").exists()
 
 
 def test_push_to_hub_creates_the_space(export, tmp_path, monkeypatch):

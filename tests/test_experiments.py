@@ -1,5 +1,6 @@
 """The tables of `experiments/`, and that every run they ask for is one that the script accepts."""
 
+import importlib.util
 import sys
 import time
 from argparse import Namespace
@@ -130,6 +131,16 @@ def rows_of(page):
     lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
     rows = {tuple(cell.strip() for cell in line.split("|")[2:]) for line in lines}
     return {row for row in rows if any(letter.isdigit() for cell in row for letter in cell)}
+
+
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks", "pocket"])
+def test_every_script_starts_after_the_readme_s_install(monkeypatch, folder):
+    """With requirements.txt alone: what only the tests or a GPU have use for is not imported at the top."""
+    for name in ("resvg_py", "hypothesis", "sentencepiece", "torchao", "gguf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for file in sorted((ROOT / folder).glob("*.py")):
+        own = importlib.util.spec_from_file_location(f"started_{file.stem}", file)
+        own.loader.exec_module(importlib.util.module_from_spec(own))
 
 
 def test_tables_of_the_page_are_what_the_scripts_wrote():

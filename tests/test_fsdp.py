@@ -122,6 +122,8 @@ def common(tiny_args, tmp_path):
         [*ONE_BASE, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"],
         slow(*ONE_BASE, "--divergence", "score", "--huber_c", 0.1, "--gradient_checkpointing"),
         slow("--ta_lora_rank", 2, "--generator_steps", 3, "--preset", "didr"),
+        slow("--reward_mode", "surrogate", "--surrogate_group", 2, "--generator_steps", 2),
+        slow(*ONE_BASE, "--reward_mode", "surrogate", "--surrogate_group", 2, "--surrogate_lora_rank", 2),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options):
@@ -131,7 +133,7 @@ def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options)
     lines = two(arguments, tmp_path / "two")
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     close(one, both, 1e-5)
-    for name in ("generator", "teaching_assistant"):
+    for name in ("generator", "teaching_assistant", *["surrogate"] * ("surrogate" in options)):
         close(*(trained(tmp_path / n, 3, name) for n in ("one", "two")), 1e-5)
     start = trained(tmp_path / "one", 2)
     assert max((v - start[k]).abs().max() for k, v in trained(tmp_path / "one", 3).items()) > 1e-4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import GGUFQuantizationConfig
+from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders import single_file_utils
 from diffusers.models.modeling_utils import load_state_dict
 from safetensors.torch import load_file
@@ -65,7 +65,7 @@ def exports(tmp_path_factory):
             stock.to(torch.bfloat16).to(torch.float32)  # what is written is not rounded once more
             pipe = OneStepPipeline.from_pipe(stock)
             pipe.save_pretrained(folder / "apples")
-            kinds = ["network", "workflow", "fp8", "gguf", "--gguf", "q8_0", "q4_0"]
+            kinds = ["network", "workflow", "diffusers", "fp8", "gguf", "--gguf", "q8_0", "q4_0"]
             words = [str(folder / "apples"), str(folder / "files"), "--write", *kinds]
             script.main(script.build_parser().parse_args(words))
             made[name] = pipe, folder / "apples", folder / "files"
@@ -97,6 +97,18 @@ def test_bfloat16_is_the_network(exports, name):
     back = back_again(pipe, load_file(files / "apples_1step_transformer.safetensors"))
     for key, value in pipe.transformer.state_dict().items():
         torch.testing.assert_close(back[key].float(), value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_stock_layout_draws_as_the_page_says(exports, name):
+    pipe, _, files = exports(name)
+    stock = DiffusionPipeline.from_pretrained(files / "apples_1step_diffusers", dtype=torch.float32)
+    images = draw(pipe)
+    side, arguments = images.shape[-1], pipe.family.stock_arguments(pipe)
+    z = torch.randn(2, *pipe.latent_shape(side, side), generator=torch.Generator().manual_seed(0))
+    call = {"latents": pipe.family.stock_latents(z), "height": side, "width": side, "output_type": "pt"}
+    torch.testing.assert_close(stock(prompt=PROMPTS[:2], **arguments, **call).images, images, atol=1e-4, rtol=0)
+    assert f"`sigmas={arguments['sigmas']}`" in (files / "apples_1step_apps.md").read_text()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -7,7 +7,7 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.files import PromptSource, open_prompts, prompt_sources, usable
@@ -38,6 +38,19 @@ def write(folder, kind):
 
 def texts(source, skipped=None):
     return [text for text, _ in usable(open_prompts(source), source, skipped)]
+
+
+def test_what_datasets_saves(tmp_path):
+    """Rows once, also when the data set was mapped where it lies; not all splits as one."""
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    dataset.save_to_disk(tmp_path / "one")
+    load_from_disk(tmp_path / "one").map(lambda row: {"prompt": row["prompt"].upper()})
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    assert texts(PromptSource(str(tmp_path / "one"))) == PROMPTS
+    DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "several")
+    with pytest.raises(Mistake, match="several holds the splits test, train: give the folder of one of them"):
+        texts(PromptSource(str(tmp_path / "several")))
+    assert texts(PromptSource(str(tmp_path / "several" / "train"))) == PROMPTS
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
@@ -241,7 +254,7 @@ def test_prompts_to_judge_with_may_be_named(tmp_path, capsys):
     assert "b.txt: 4 rows read, 4 used, 0 left out; no prompts: 1 blank lines (first b.txt:2)" in line
 
 
-@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl", "my own.txt"])
 def test_prompts_to_draw_may_be_a_file(tmp_path, name):
     """Whose first prompts are drawn; what only ends as a file does is a prompt."""
     lines = [json.dumps({"prompt": text}) if name.endswith("l") else text for text in ("fire", "blue cat", "moon")]
@@ -254,7 +267,7 @@ def test_prompts_to_draw_may_be_a_file(tmp_path, name):
 
     assert drawn(tmp_path / name) == ["fire", "blue cat"]
     assert drawn("fire", "a sign that says README.txt") == ["fire", "a sign that says README.txt"]
-    with pytest.raises(Mistake, match="give prompts or one file of them, not .*mine.* among others"):
+    with pytest.raises(Mistake, match=f"give prompts or one file of them, not .*{name} among others"):
         drawn("fire", tmp_path / name)
     with pytest.raises(Mistake, match="nowhere.txt"):
         drawn(tmp_path / "nowhere.txt")

@@ -32,6 +32,7 @@ TRAIN, EVALUATE = "train_diff_instruct_pp.py", "evaluate_one_step.py"
 NOT_RUN = {  # how a command starts: why it is not run here
     "pip install": "the environment is there already",
     "python -m pytest": "these are the tests",
+    "python examples/reward_server.py": "serves until it is stopped; tests/test_black_box.py tests it",
     "ruff": "a check of the style, not installed with the tests",
     "python tests/parity/": "needs a package index or the Hub; python -m pytest -m oracle runs it",
     "OMP_NUM_THREADS=1 python benchmarks/reward_cost.py": "takes minutes and 8 GB",
@@ -114,6 +115,7 @@ def shortened(command, model, prompts):
     for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "validation_steps"):
         kept += [f"--{name}", str(min(getattr(given, name), 1))]
     few = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "num_eval_prompts": 2, "num_eval_images": 2}
+    few |= {"surrogate_group": 2}
     for name, value in {**few, "checkpointing_steps": 1, "report_to": "none"}.items():
         kept += [f"--{name}", str(value)]
     return [*kept, "--pretrained_model_name_or_path", model, "--reward", *only_local(given.reward, "pocket")]
@@ -245,7 +247,7 @@ def test_named_flags_exist(page):
         "--w",
         "--n",
     }  # accelerate's, TensorBoard's, pip's, and those that other trainers' prompt files hold
-    for folder in ("experiments", "benchmarks", "tests/parity"):
+    for folder in ("examples", "experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
     for flag in {flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"--[\w-]+", code)}:

@@ -1,6 +1,8 @@
 """A rounded base: its layers against the weights that they stand for, what is rounded, and files against networks."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from diff_instruct.families import FAMILIES
 from diff_instruct.mistake import Mistake
 from diff_instruct.models import rounding as rounding_module
 from diff_instruct.models.configs import ModelSource
+from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.lora import acting, add_lora, lora_layers, merged, trained_parameters
 from diff_instruct.models.published import (
     STATE,
@@ -35,6 +38,7 @@ from diff_instruct.models.rounding import (
     rounding,
     stored_bytes,
 )
+from diff_instruct.models.sources import read_models
 from diff_instruct.models.tensors import save_network
 from tests.families import BUILD as PIPELINES
 from tests.families import FAMILY
@@ -190,6 +194,17 @@ def test_a_base_published_in_nf4_is_taken_as_it_is(tiny_model, tmp_path):
     assert relative(merged_weights[f"{name}.weight"], network.get_parameter(f"{name}.weight")) < 0.1
     assert f"{name}.weight.{STATE}" in published
     assert is_published_rounded({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
+    shutil.copytree(Path(tiny_model) / "vae", tmp_path / "model" / "vae", dirs_exist_ok=True)
+    shutil.copy(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "model" / "transformer")
+    config = tmp_path / "model" / "transformer" / "config.json"
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": [
+        name for name, m in network.named_modules() if isinstance(m, nn.Linear) and name not in plan]}  # fmt: skip
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": how}))
+    models = read_models(ModelSource(str(tmp_path / "model")))
+    pipe = load_generator(models, load_reference(models, torch.float32))  # as it is evaluated and shown: not rounded
+    assert "quantization_config" not in pipe.transformer.config
+    assert all(torch.equal(merged_weights[k], v) for k, v in pipe.transformer.state_dict().items())
     with pytest.raises(Mistake, match="gguf"):
         is_published_rounded({"quantization_config": {"quant_method": "gguf"}})
 

@@ -77,10 +77,14 @@ def test_mistakes_are_one_line(tiny_args, tmp_path):
     base = tiny_sd(tmp_path / "base")
     save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     save_file({"surprise": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    save_file({"a.scale_weight": torch.ones(())}, tmp_path / "fp8.safetensors")
+    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "half.safetensors")
     (tmp_path / "old.ckpt").write_bytes(b"pickle")
     cases = {
         "nowhere.safetensors": "there is no file",
         "lora.safetensors": "holds LoRA weights: give their base there",
+        "fp8.safetensors": "is rounded .a.scale_weight is a scale.: give the file in bfloat16",
+        "half.safetensors": "is not read by diffusers as a StableDiffusionPipeline",
         "old.ckpt": "only .safetensors are read",
         "other.safetensors": "is not read by diffusers as a StableDiffusionPipeline",
     }
@@ -90,5 +94,9 @@ def test_mistakes_are_one_line(tiny_args, tmp_path):
         with pytest.raises(Mistake, match=message) as error:
             models_of(parse_args(command))
         assert "\n" not in str(error.value)
+    command[-1] = write(StableDiffusionPipeline.from_pretrained(base), tmp_path / "whole.safetensors")
+    command[command.index(str(tmp_path / "other.safetensors"))] = command[-1]
+    with pytest.raises(Mistake, match="cannot be converted to diffusers' layout in .*name another --cache_dir"):
+        models_of(parse_args(command))  # a file in the place of the folder
     with pytest.raises(Mistake, match="is for a reference in one file"):
         models_of(parse_args([*tiny_args, "--single_file_config", base]))

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
+from diff_instruct.export.card import stock_call
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import sizes_of
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.steps import GeneratorStep
+from pipeline_one_step import OneStepPipeline
 from tests.runs import run, same
 from tests.tiny import tiny_sdxl
 
@@ -66,6 +68,14 @@ def test_a_run_with_sizes(tiny_args, tmp_path, monkeypatch):
     run([*tiny_args, *options, "--resume_from_checkpoint", "checkpoint-2", "--output_dir", out])
     resumed = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     assert same(pipe.unet.state_dict(), resumed.unet.state_dict())
+
+
+def test_the_stock_call_of_a_card_draws_the_first_size(tmp_path):
+    stock = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path))
+    pipe = OneStepPipeline.from_pipe(stock, sizes=[[24, 16], [16, 16]])
+    scope = {"pipe": pipe}
+    exec(stock_call(pipe, "fire"), scope)
+    assert scope["image"].size == pipe("fire").images[0].size == (16, 24)
 
 
 def test_sizes_that_cannot_be(tiny_args):

@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from diff_instruct.evaluation.noise import fixed_noise, further_noise
 from diff_instruct.evaluation.pictures import draw
 from diff_instruct.rewards.base import Scorer
+from diff_instruct.rewards.numbers import NoScores
 
 
 def pixel_features(pixels):
@@ -81,16 +82,25 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shapes, r
         `dict` of tensors: (P, n) for `reward`, if there is one, for its parts `reward_<name>` if it is more than one
         reward as it is, for the first held-out scorer `heldout` and for others `heldout_<name>`; (P,) for `diversity`:
         within a prompt, the mean of 1 − cosine between image features (see `diversity_features`).
+
+    Raises:
+        NoScores: on all processes, if a judge gives one of them none.
     """
-    rows = []
+    rows, why = [], None
     for first in range(0, len(prompts), accelerator.num_processes):
         i = min(first + accelerator.process_index, len(prompts) - 1)
         shape = latent_shapes[i % len(latent_shapes)]
         z, c = fixed_noise(shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
         x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
         pixels = torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
-        row = judge_images(pixels, c, reward, heldout, batch_size)
+        try:
+            row = {} if why else judge_images(pixels, c, reward, heldout, batch_size)
+        except NoScores as error:
+            row, why = {}, str(error)
         rows.append((i, {key: value.tolist() for key, value in row.items()}))
+    reasons = [reason for reason in gather_object([why]) if reason]
+    if reasons:
+        raise NoScores(reasons[0])
     rows = [row for _, row in sorted(dict(gather_object(rows)).items())]
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 

@@ -221,7 +221,9 @@ def where_it_runs(pipe, name, prompt):
     rows = ["| program | noise levels | factor on its noise | how |", "|---|---|---|---|"]
     rows.append(f"| diffusers, this pipeline | t = {times} | 1 | `DiffusionPipeline.from_pretrained` |")
     stock = "as the call above has it" if levels.flow else "`LCMScheduler`"
-    rows.append(f"| diffusers, stock pipeline, {stock} | `timesteps=[{times}]` | {diffusers} | no guidance |")
+    steps = pipe.family.stock_arguments(pipe)
+    steps = ", ".join(f"`{name}={steps[name]}`" for name in ("timesteps", "sigmas") if name in steps)
+    rows.append(f"| diffusers, stock pipeline, {stock} | {steps} | {diffusers} | no guidance |")
     try:
         app = find_app(pipe)
     except Mistake as error:

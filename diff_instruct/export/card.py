@@ -24,8 +24,9 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "model_card_template.md"
 
 
 def stock_call(pipe, prompt):
-    """The lines with which an exported generator runs in the stock pipeline of its family."""
-    arguments = [f"prompt={json.dumps(prompt)}", *(f"{k}={v!r}" for k, v in pipe.family.stock_arguments(pipe).items())]
+    """The lines with which an exported generator runs in the stock pipeline of its family, at its first size."""
+    own = pipe.family.stock_arguments(pipe) | dict(zip(("height", "width"), (pipe.config.sizes or [()])[0]))
+    arguments = [f"prompt={json.dumps(prompt)}", *(f"{k}={v!r}" for k, v in own.items())]
     call = f"{pipe.family.stock_setup()}image = stock({', '.join(arguments)}).images[0]"
     if len(call.splitlines()[-1]) > LINE:
         call = call.replace("image = stock(", "image = stock(\n    ").replace(").images[0]", "\n).images[0]")

@@ -54,6 +54,10 @@ class ErnieImage(Flux2Klein):
     from_tokens = staticmethod(Family.from_tokens)
 
     @classmethod
+    def from_stock_latents(cls, stock, latents, shape):
+        return cls.from_tokens(latents, shape)  # it gives them as they are, klein the VAE's
+
+    @classmethod
     def stock_setup(cls):
         return """\
 from diffusers import ErnieImagePipeline, FlowMatchEulerDiscreteScheduler

@@ -37,6 +37,10 @@ class Flux2(Flux2Klein):
         states = pipe.text_encoder(**masked, output_hidden_states=True, use_cache=False).hidden_states
         return {"encoder_hidden_states": torch.cat([states[k] for k in (10, 20, 30)], dim=-1)}
 
+    @classmethod
+    def from_stock_latents(cls, stock, latents, shape):
+        return cls.from_tokens(latents, shape)  # it gives them as they are, klein the VAE's
+
     @staticmethod
     def guide(alpha, embedded, n):
         return {"guidance_scale": embedded}

@@ -34,6 +34,11 @@ class Actors:
         return self.cast["ta"]
 
     @property
+    def surrogate(self):
+        """φ, or None."""
+        return self.cast.get("surrogate")
+
+    @property
     def ref(self):
         return self.cast["ref"]
 

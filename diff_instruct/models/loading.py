@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.models.lora import lora_layers
+from diff_instruct.models.lora import lora_layers, merged
 from diff_instruct.models.published import Published, load_rounded, plan_of, rounding_of, shards
 from diff_instruct.models.weight_files import generator_weights, options
 from pipeline_one_step import OneStepPipeline
@@ -71,7 +71,7 @@ def load_network(models, reference, dtype, base_quantization="none", device="cpu
     reference is."""
     cls, source = type(reference), models.generator
     if rounding_of(models, base_quantization):
-        return load_base(models, source, dtype, base_quantization, device)
+        return load_base(models, source or models.reference, dtype, base_quantization, device)
     if is_copy(models):
         return copy.deepcopy(reference).to(dtype)
     if source is None:
@@ -90,8 +90,13 @@ def load_network(models, reference, dtype, base_quantization="none", device="cpu
 
 
 def load_generator(models, stock):
-    """The [`OneStepPipeline`] of the generator as it starts, in float32, all of it trainable."""
+    """The [`OneStepPipeline`] of the generator as it starts, in float32, all of it trainable; of weights that are
+    published rounded it has what their codes stand for."""
     network = load_network(models, getattr(stock, models.denoiser), torch.float32)
+    if getattr(network, "published", None) is not None:
+        plain = type(network).from_config(network.config)
+        plain.load_state_dict({name: make() for name, make in merged(network, None).items()})
+        network = plain
     return one_step_pipeline(models, stock, network.requires_grad_(True))
 
 

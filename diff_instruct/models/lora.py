@@ -23,25 +23,31 @@ def lora_targets(words, family, network):
     of their names or by one regular expression of whole names; by default the family's.
 
     Raises:
-        Mistake: for words that name no layer.
+        Mistake: for words that name no layer, or something else, too: a block or what else holds layers.
     """
     if words is None:
         return family.lora_targets
-    layers = [name for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    if len(words) == 1 and not re.fullmatch(r"[\w.]+", words[0]):
+    modules = dict(network.named_modules())
+    layers = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    one_pattern = len(words) == 1 and not re.fullmatch(r"[\w.]+", words[0])
+    for word in words:
         try:
-            found = any(re.fullmatch(words[0], name) for name in layers)
+            named = [m for m in modules if (re.fullmatch(word, m) if one_pattern else f".{m}".endswith(f".{word}"))]
         except re.error as error:
-            raise Mistake(f"--lora_target_modules {words[0]} is no regular expression: {error}") from None
-        missing, targets = [] if found else words, words[0]
-    else:
-        missing, targets = [w for w in words if not any(f".{name}".endswith(f".{w}") for name in layers)], tuple(words)
-    if missing:
-        raise Mistake(
-            f"--lora_target_modules {missing[0]} is the name of no layer of a {type(network).__name__}, such as "
-            f"{layers[len(layers) // 2]}"
-        )
-    return targets
+            raise Mistake(f"--lora_target_modules {word} is no regular expression: {error}") from None
+        others = [name for name in named if name not in layers]
+        if len(others) == len(named):
+            raise Mistake(
+                f"--lora_target_modules {word} is the name of no layer of a {type(network).__name__}, such as "
+                f"{layers[len(layers) // 2]}"
+            )
+        if others:
+            raise Mistake(
+                f"--lora_target_modules {word} also names {others[0]}, a {type(modules[others[0]]).__name__}, which "
+                "gets no adapters: name linear layers and convolutions alone, such as "
+                f"{next(name for name in named if name in layers)}"
+            )
+    return words[0] if one_pattern else tuple(words)
 
 
 def reach(network, targets):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.rounding import DECODE, ENCODE, PARTS, Rounded, nf4_parts, round_empty, rounding
 from diff_instruct.models.sharding import is_chosen
-from diff_instruct.models.weight_files import options
+from diff_instruct.models.weight_files import generator_weights, options, variants
 
 
 STATE = "quant_state.bitsandbytes__nf4"  # beside the codes of a weight that bitsandbytes rounded
@@ -156,8 +156,22 @@ def check_rounding(args, models, roles):
         raise Mistake(f"{what} is taken from the files: no --reference_lora can be fused into it")
     if is_chosen():
         raise Mistake(f"{what} does not work with FSDP2, which divides weights: take data parallelism")
+    check_safetensors(models.reference, models.denoiser, "named", what)
+    if models.generator is not None:
+        kind, weights = generator_weights(models.generator, models.denoiser)
+        if kind == "folder":
+            check_safetensors(models.generator, weights.get("subfolder", ""), "plain", what)
+        elif not weights.endswith(".safetensors"):
+            raise Mistake(f"{what} reads safetensors, but {weights} is none: save it so")
     if not plan:
         raise Mistake(f"{what}: a {models.family.name} repeats no blocks whose layers could be rounded")
+
+
+def check_safetensors(source, folder, first, what):
+    """Raises Mistake if a network has weights, but none as safetensors."""
+    names = (variants(source, folder) or {}).get(options(source, folder, first)["variant"])
+    if names and not any(name.endswith(".safetensors") for name in names):
+        raise Mistake(f"{what} reads safetensors, but {source.path}/{folder} has only {names[0]}: save it so")
 
 
 def plan_of(published, network):

@@ -39,8 +39,9 @@ class Role:
 def roles_of(args, models):
     """The [`Role`]s of a run; the last one is the reference.
 
-    The TA starts as the reference: a copy, or, with `--ta_lora_rank`, adapters on the reference's own weights. With
-    `--lora_rank` a generator that starts as the reference stands on these, too: then one frozen network plays all.
+    TA and surrogate start as the reference: copies, or, with `--ta_lora_rank` and `--surrogate_lora_rank`, adapters on
+    the reference's own weights. With `--lora_rank` a generator that starts as the reference stands on these, too: then
+    one frozen network plays all.
     """
     shared = args.lora_rank > 0 and models.generator is None
     generator = Role(
@@ -60,7 +61,20 @@ def roles_of(args, models):
         alpha=args.ta_lora_alpha,
         trained=True,
     )
-    return generator, ta, Role("ref", "reference", base="ref")
+    surrogate = Role(
+        "surrogate",
+        "surrogate",
+        base="ref" if args.surrogate_lora_rank else "surrogate",
+        rank=args.surrogate_lora_rank,
+        alpha=args.surrogate_lora_alpha,
+        trained=True,
+    )
+    return generator, ta, *[surrogate] * has_surrogate(args), Role("ref", "reference", base="ref")
+
+
+def has_surrogate(args):
+    """Whether a surrogate learns what the reward's numbers say."""
+    return args.reward_mode == "surrogate" and args.reward_scale != 0
 
 
 def on_base(roles, base):

@@ -15,12 +15,14 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
 
 from diff_instruct.families import find_family
+from diff_instruct.files import NotWritten, writing
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import read_index
 from diff_instruct.models.starts import weight_shapes
 
 
 FLAG = "--pretrained_model_name_or_path"
+SCALES = ("scaled_fp8", "scale_weight", "weight_scale", ".absmax")  # ends of names beside float8 and 4-bit weights
 OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
 
@@ -43,6 +45,9 @@ def config_of(file, config=None):
     shapes = weight_shapes(file)
     if any(".lora_" in key for key in shapes):
         raise Mistake(f"{FLAG} {file} holds LoRA weights: give their base there, and the file as --reference_lora")
+    rounded = next((key for key in shapes if key.endswith(SCALES)), None)
+    if rounded is not None:  # diffusers would leave the scales out, without a word
+        raise Mistake(f"{FLAG} {file} is rounded ({rounded} is a scale): give the file in bfloat16 or float16")
     if config is not None:
         return config
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -64,14 +69,21 @@ def converted(file, config, cache_dir=None):
     what = f"{Path(file).resolve()} {stat.st_size} {stat.st_mtime_ns} {config}"
     name = f"{Path(file).stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     folder = Path(cache_dir or HF_HOME) / "converted_single_files" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            print(f"{file} is converted to diffusers' layout, once, in {folder}.", flush=True)
-            aside = folder.with_name(f".{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            read(file, config, index, cache_dir).save_pretrained(aside)
-            aside.rename(folder)
+    try:
+        with writing():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    print(f"{file} is converted to diffusers' layout, once, in {folder}.", flush=True)
+                    aside = folder.with_name(f".{folder.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    read(file, config, index, cache_dir).save_pretrained(aside)
+                    aside.rename(folder)
+    except NotWritten as error:
+        raise Mistake(
+            f"{FLAG} {file} cannot be converted to diffusers' layout in {folder.parent}: {error}; name another "
+            "--cache_dir"
+        ) from None
     return str(folder)
 
 
@@ -87,7 +99,7 @@ def read(file, config, index, cache_dir):
         component = getattr(diffusers, index[family.denoiser][1])
         network = component.from_single_file(file, config=config, subfolder=family.denoiser, **options)
         return family.stock().from_pretrained(config, **{family.denoiser: network}, **options, **unused)
-    except (SingleFileComponentError, ValueError, KeyError, OSError, RuntimeError, AttributeError) as error:
+    except (SingleFileComponentError, ValueError, LookupError, OSError, RuntimeError, AttributeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Mistake(
             f"{FLAG} {file} is not read by diffusers as a {family.name} with the configs of {config} ({why}): convert "

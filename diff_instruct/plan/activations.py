@@ -22,6 +22,7 @@ from diff_instruct.models.published import rounding_of
 from diff_instruct.models.roles import bases, on_base, roles_of
 from diff_instruct.models.rounding import Rounded, round_empty
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.surrogate import Surrogate
 from diff_instruct.terms import Alpha, Batch
 from diff_instruct.training.steps import generated, generator_step, ta_loss
 from pipeline_one_step import OneStepPipeline
@@ -216,7 +217,11 @@ def activations(args, models, mixed_precision):
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     pipe, cast = hollow_actors(args, models, roles_of(args, models), dtype, autocast, fake)
-    generator, ta, ref = cast["generator"], cast["ta"], cast["ref"]
+    generator, ta, ref, phi = cast["generator"], cast["ta"], cast["ref"], cast.get("surrogate")
+    reward = Reward(args)
+    if phi is not None:
+        compared = args.surrogate_group, args.min_timestep, args.max_timestep
+        surrogate = Surrogate(generator, phi, ref, reward, pipe.decode, *compared, args.reward_batch_size)
     size, n, decoded = args.train_batch_size, len(pipe.timesteps) - 1, args.reward_batch_size or args.train_batch_size
 
     with fake, Live() as live:
@@ -231,6 +236,9 @@ def activations(args, models, mixed_precision):
 
         def ta_phase():
             ta_loss(one, generator, ta).backward()
+
+        def surrogate_phase():
+            surrogate.loss(one, args.reward_scale)[0].backward()
 
         def generator_phase(batch=None):
             x0 = generated(batch or one, generator)
@@ -259,9 +267,12 @@ def activations(args, models, mixed_precision):
                 p.grad = None
 
         one, judged = batch(size), batch(args.num_eval_images)
-        gradient_at_x0 = generator_step(args, ta, ref, one.c, Reward(args), pipe.decode)
+        gradient_at_x0 = generator_step(args, ta, ref, one.c, reward, pipe.decode, phi)
         peaks = {"teaching assistant's step": live.highest(ta_phase)}
         without_gradients(ta.network)
+        if phi is not None:
+            peaks["surrogate's step"] = live.highest(surrogate_phase)
+            without_gradients(phi.network)
         if args.reuse_generated:
             peaks["steps of both, on one x0"] = live.highest(both_phases)
         else:

@@ -3,6 +3,7 @@
 import copy
 from typing import NamedTuple
 
+from diff_instruct.models.roles import has_surrogate
 from diff_instruct.models.sharding import processes
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import GIB, peak, plan
@@ -42,7 +43,7 @@ def levers(args):
         Lever(
             f"--train_batch_size {half} --gradient_accumulation_steps {twice}",
             {"train_batch_size": half, "gradient_accumulation_steps": twice},
-            several,
+            several and not (has_surrogate(args) and half % args.surrogate_group),
             True,
         ),
         Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, args.reward_dtype == "fp32", True),
@@ -52,6 +53,11 @@ def levers(args):
         Lever("--use_8bit_adam", {"use_8bit_adam": True}, not args.use_8bit_adam and not shares),
         Lever("--no-use_ema", {"use_ema": False}, args.use_ema and shares),
         Lever("--ta_lora_rank 64", {"ta_lora_rank": 64}, not args.ta_lora_rank),
+        Lever(
+            "--surrogate_lora_rank 64",
+            {"surrogate_lora_rank": 64},
+            has_surrogate(args) and not args.surrogate_lora_rank,
+        ),
         Lever("--lora_rank 64", {"lora_rank": 64}, not args.lora_rank),
         Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable),
         Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable),

@@ -87,15 +87,15 @@ def find_files(path):
     if path.is_dir():
         found = visible(path)
         files = [f for f in found if format_of(f) in READERS]
-        if any(format_of(f) == ".arrow" for f in files):  # what `datasets` saves beside them
-            files = [f for f in files if f.name not in ("dataset_info.json", "state.json")]
+        if any(format_of(f) == ".arrow" for f in files):
+            files = without_what_datasets_adds(files)
         pictures = any(f.suffix.lower() in PICTURES for f in found)
         beside = {f.suffix.lower() for f in files if f.suffix.lower() == ".caption"}
         beside |= {".txt" for f in files if pictures and f.suffix.lower() == ".txt" and has_picture(f)}
         files = [f for f in files if f.suffix.lower() not in beside] + [path / f"*{kind}" for kind in sorted(beside)]
     kinds = sorted({f.suffix if f.stem == "*" else format_of(f) for f in files})
     if len(kinds) != 1 or format_of(files[0]) not in READERS:
-        found = some(kinds) or "nothing"
+        found = some([kind or "a name without ending" for kind in kinds]) or "nothing"
         raise Mistake(f"prompts: {path} must hold files of one of {', '.join(READERS)}, but holds {found}")
     if files[0].stem == "*":
         return [str(files[0])]
@@ -106,6 +106,21 @@ def find_files(path):
     if not files:
         raise Mistake(f"{path} is empty: it must hold at least one prompt")
     return files
+
+
+def without_what_datasets_adds(files):
+    """The files of the rows that `datasets` has saved in a folder, without what it saves beside them and, when they
+    are mapped, caches.
+
+    Raises:
+        Mistake: for the splits of a data set.
+    """
+    folders = [f.parent for f in files if f.name == "state.json"]
+    if any(f.name == "dataset_dict.json" for f in files):
+        splits = some([folder.name for folder in folders])
+        raise Mistake(f"prompts: {folders[0].parent} holds the splits {splits}: give the folder of one of them")
+    beside = [f for f in files if f.parent in folders and (f.suffix == ".json" or f.name.startswith("cache-"))]
+    return [f for f in files if f not in beside]
 
 
 def choose_columns(source, columns):

@@ -230,7 +230,7 @@ def prompts_to_draw(args, eval_prompts):
     named, number = args.validation_prompts, args.num_validation_prompts
     if named is None:
         return eval_prompts[:number]
-    files = [word for word in named if format_of(word) in READERS and " " not in word]
+    files = [w for w in named if format_of(w) in READERS and (" " not in w or Path(w).is_file())]
     if not files:
         return named
     if len(named) > 1:

@@ -2,13 +2,16 @@
 
 import hashlib
 import importlib.util
+import inspect
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.rewards.pixels import clamp, full_precision
+from diff_instruct.rewards.numbers import NoScores, pictures_of, scores_of, wanted
+from diff_instruct.rewards.pixels import clamp
 
 
 def load_function(spec):
@@ -33,12 +36,27 @@ def load_function(spec):
     return vars(module)[name]
 
 
+def takes_pictures(function):
+    """Whether a function's first parameter is said to be pictures of PIL, as `images: list[Image.Image]`."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except (TypeError, ValueError):  # of what has no signature
+        return False
+    return first is not None and re.search(r"\bImage\b", str(first.annotation)) is not None
+
+
 class FunctionReward(torch.nn.Module):
-    """Calls a user's reward and checks what comes back: a score for each image, (B,), with its gradient."""
+    """Calls a user's reward and checks what comes back: a score for each image, (B,).
+
+    The function gets pixels (B, 3, H, W) in [0, 1] and a list of B prompts; or, if its first parameter is annotated
+    with PIL's `Image`, a list of B pictures. Where it is trained on by its gradient it returns a tensor that has one;
+    elsewhere a list or an array of numbers does as well.
+    """
 
     def __init__(self, spec):
         super().__init__()
         self.spec, self.function = spec, load_function(spec)
+        self.takes_pictures = takes_pictures(self.function)
 
     def forward(self, pixels, prompts):
         """Scores (B,), in full precision, of pixels (B, 3, H, W) for B prompts.
@@ -46,19 +64,31 @@ class FunctionReward(torch.nn.Module):
         The function gets them in [0, 1]; pixels outside keep their gradient.
 
         Raises:
-            Mistake: for an output of another shape, or without gradient where one is needed.
+            NoScores: for an output that is no score for each image, or has no gradient where one is needed; where none
+                is needed, also if the function fails.
         """
-        r, shape = self.function(clamp(pixels), prompts), (len(pixels),)
-        wanted = f"it must return a tensor of shape {shape}, one score for each image"
-        if not isinstance(r, torch.Tensor) or tuple(r.shape) != shape:
-            got = f"shape {tuple(r.shape)}" if isinstance(r, torch.Tensor) else type(r).__name__
-            raise Mistake(f"reward `{self.spec}` returned {got}; {wanted}")
-        if torch.is_grad_enabled() and pixels.requires_grad and not r.requires_grad:
-            raise Mistake(
-                f"reward `{self.spec}` returned scores without gradient; {wanted}, made from the pixels by "
-                "differentiable operations only: no detach(), no torch.no_grad(), no NumPy"
-            )
-        return full_precision(r)
+        n, needs_gradient = len(pixels), torch.is_grad_enabled() and pixels.requires_grad
+        inputs = pictures_of(pixels) if self.takes_pictures else clamp(pixels)
+        if needs_gradient:
+            r = self.function(inputs, prompts)
+            if not isinstance(r, torch.Tensor):
+                raise NoScores(f"reward `{self.spec}` returned {type(r).__name__}; {wanted(n, gradient=True)}")
+        else:
+            r = self.numbers(inputs, prompts)
+        r = scores_of(r, n, self.spec, pixels.device)
+        if needs_gradient and not r.requires_grad:
+            raise NoScores(f"reward `{self.spec}` returned scores without gradient; {wanted(n, gradient=True)}")
+        return r
+
+    def numbers(self, inputs, prompts):
+        """What the function returns, if nobody asks for gradients; whatever it raises becomes one line."""
+        try:
+            return self.function(inputs, list(prompts))
+        except (Mistake, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise NoScores(f"reward `{self.spec}` failed: {line}") from error
 
     def check(self, device, trained):
         """Tries it on two random pictures; if it is trained on, with the gradient.

@@ -6,6 +6,8 @@ from accelerate.utils import gather_object
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.function import FunctionReward
 from diff_instruct.rewards.mix import Mix
+from diff_instruct.rewards.remote import RemoteReward
+from diff_instruct.rewards.urls import is_url
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reward_dtype`
@@ -14,21 +16,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reward_dtype`
 def load_reward(spec, device="cpu", dtype=torch.float32, cache_dir=None, trained=True):
     """The reward of a [`RewardSpec`], without its weight and cap, frozen, on `device` in `dtype`.
 
-    A user's own function is tried on two random pictures, with its gradient if it is `trained`; it stays in its dtype.
+    A user's own function or a judge elsewhere is tried on two random pictures, with its gradient if it is `trained` by
+    that; it stays in its dtype.
 
     Raises:
         Mistake: for a checkpoint that is not there or incomplete, a function that cannot work.
     """
-    if spec.file is None:
+    if spec.published is not None:
         return spec.published.load(spec.name, spec.checkpoint, cache_dir).to(device, dtype)
-    reward = FunctionReward(spec.name).to(device)
+    if is_url(spec.name):
+        reward = RemoteReward(spec.name, spec.timeout, spec.retries)
+    else:
+        reward = FunctionReward(spec.name).to(device)
     reward.check(device, trained)
     return reward
 
 
-def load_mix(specs, device, dtype=torch.float32, cache_dir=None):
-    """The `Mix` of trained rewards, [`RewardSpec`] each, with their weights and caps. Raises as `load_reward`."""
-    rewards = {spec.label: load_reward(spec, device, dtype, cache_dir) for spec in specs}
+def load_mix(specs, device, dtype=torch.float32, cache_dir=None, by_gradient=True):
+    """The `Mix` of trained rewards, [`RewardSpec`] each, with their weights and caps. Raises as `load_reward`.
+
+    Args:
+        by_gradient: whether they are trained on by their gradients, not by their numbers.
+    """
+    rewards = {spec.label: load_reward(spec, device, dtype, cache_dir, by_gradient) for spec in specs}
     caps = {spec.label: spec.cap for spec in specs if spec.cap is not None}
     return Mix(rewards, {spec.label: spec.weight for spec in specs}, caps)
 

@@ -13,6 +13,7 @@ from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import load_function
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.rewards.urls import is_url
 from diff_instruct.rewards.weights import check_clip_folder, find, missing, unreadable
 
 
@@ -50,6 +51,8 @@ def look_at(spec, cache_dir=None):
     if spec.file is not None:
         load_function(spec.name)
         return None
+    if is_url(spec.name):
+        return f"reward `{spec.name}` was not asked"
     repo, filename = FILES[spec.name]
     folder = catalogue.CATALOGUE[spec.name].folder
     path = spec.checkpoint or (folder and catalogue.POCKET / folder)

@@ -1,11 +1,13 @@
 """What `--reward` and its kin say, and the mistakes that show before anything loads. Imports no networks."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.catalogue import CATALOGUE
+from diff_instruct.rewards.urls import check_url, is_url
 
 
 NO_REWARD = "none"  # what `--reward` says of a run without reward
@@ -16,10 +18,11 @@ class RewardSpec:
     """A reward as the command line says it; it exists, and so does its checkpoint if it names one.
 
     Args:
-        name: one of the `CATALOGUE`, or a user's own as `path/to/file.py:function`.
+        name: one of the `CATALOGUE`, a user's own as `path/to/file.py:function`, or the URL of a judge elsewhere.
         weight: its factor in the mix, in the published unit of its score.
         cap: the score, in that unit, above which it is not pursued any further; None: everywhere.
         checkpoint: local file or folder instead of the Hub's.
+        timeout, retries: of a judge elsewhere, see [`RemoteReward`].
 
     Raises:
         Mistake: for a reward that is not known, a file that is not there, a weight or cap that is no finite number.
@@ -29,14 +32,21 @@ class RewardSpec:
     weight: float = 1.0
     cap: float | None = None
     checkpoint: str | None = None
+    timeout: float = 60.0
+    retries: int = 5
 
     def __post_init__(self):
+        wrong = check_url(self.name) if is_url(self.name) else None
+        if wrong is not None:
+            raise Mistake(f"reward `{without_secrets(self.name)}`: {wrong}")
         if self.file is not None and not Path(self.file).is_file():
             raise Mistake(f"reward `{self.name}`: no such file: {self.file}")
         if self.file is not None and not self.label.isidentifier():
             raise Mistake(f"reward `{self.name}`: after {self.file}: comes the name of a function")
-        if self.file is None and self.published is None:
-            known = f"known are {', '.join(CATALOGUE)}, or your own as path/to/file.py:function"
+        if self.file is None and self.published is None and not is_url(self.name):
+            known = (
+                f"known are {', '.join(CATALOGUE)}, or your own as path/to/file.py:function or http://host:port/path"
+            )
             raise Mistake(f"unknown reward `{self.name}`; {known}")
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise Mistake(f"--reward_checkpoint {self.name}={self.checkpoint}: no such file or folder")
@@ -45,7 +55,12 @@ class RewardSpec:
     def file(self):
         """The Python file of a user's own reward, else None."""
         file, is_file, _ = self.name.rpartition(".py:")
-        return f"{file}.py" if is_file else None
+        return f"{file}.py" if is_file and not is_url(self.name) else None
+
+    @property
+    def has_gradient(self):
+        """Whether it can have a gradient; of a user's own it is tried."""
+        return not is_url(self.name) and (self.published is None or self.published.has_gradient)
 
     @property
     def published(self):
@@ -54,8 +69,8 @@ class RewardSpec:
 
     @property
     def label(self):
-        """What logs call it: its name, or the function's."""
-        return self.name.rpartition(":")[2]
+        """What logs call it: its name, the function's, or the last part of a URL's path."""
+        return label_of(self.name)
 
 
 def read_rewards(args):
@@ -68,7 +83,7 @@ def read_rewards(args):
     """
     checkpoints = read_checkpoints(args.reward_checkpoint)
     weights = [split_number("reward", entry) for entry in args.reward if args.reward != [NO_REWARD]]
-    labels = [name.rpartition(":")[2] for name, _ in weights]
+    labels = [label_of(name) for name, _ in weights]
     caps = {}
     for label, value in split_pairs("reward_cap", args.reward_cap).items():
         if label not in labels:
@@ -76,14 +91,18 @@ def read_rewards(args):
         caps[label] = finite(value)
         if caps[label] is None:
             raise Mistake(f"--reward_cap {label}={value}: the cap must be a finite number")
+    asking = args.reward_timeout, args.reward_retries
     trained = tuple(
-        RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name))
+        RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name), *asking)
         for (name, weight), label in zip(weights, labels)
     )
-    measured = [spec.name for spec in trained if spec.published is not None and not spec.published.has_gradient]
-    if measured:
-        raise Mistake(f"--reward {measured[0]}: it only judges, without gradient; give it as --heldout_reward")
-    heldout = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in args.heldout_reward or [])
+    measured = [spec.name for spec in trained if not spec.has_gradient]
+    if measured and args.reward_mode != "surrogate":
+        raise Mistake(
+            f"--reward {measured[0]}: it only judges, without gradient; give it as --heldout_reward, or train on its "
+            "numbers with --reward_mode surrogate"
+        )
+    heldout = tuple(RewardSpec(name, 1.0, None, checkpoints.get(name), *asking) for name in args.heldout_reward or [])
     check_labels([*trained, *heldout])
     return trained, heldout
 
@@ -99,11 +118,10 @@ def files_of(specs, reward_checkpoint):
     return own + [(f"--reward_checkpoint {name}", path) for name, path in read_checkpoints(reward_checkpoint).items()]
 
 
-def read_scorers(names, reward_checkpoint):
-    """A tuple of [`RewardSpec`], of the evaluation script's `--rewards` and `--reward_checkpoint`. Raises as
-    `read_rewards`."""
-    checkpoints = read_checkpoints(reward_checkpoint)
-    scorers = tuple(RewardSpec(name, checkpoint=checkpoints.get(name)) for name in names)
+def read_scorers(args):
+    """A tuple of [`RewardSpec`], of the evaluation script's `--rewards` and their kin. Raises as `read_rewards`."""
+    checkpoints, asking = read_checkpoints(args.reward_checkpoint), (args.reward_timeout, args.reward_retries)
+    scorers = tuple(RewardSpec(name, 1.0, None, checkpoints.get(name), *asking) for name in args.rewards)
     check_labels(scorers)
     return scorers
 
@@ -131,16 +149,30 @@ def read_checkpoints(entries):
 
 
 def split_number(flag, entry):
-    """(name, number) of `name[:number]` or `path/to/file.py:function[:number]`; None for a number that is not given.
+    """(name, number) of `name[:number]`, `path/to/file.py:function[:number]` or `http://host:port/path[:number]`; None
+    for a number that is not given.
 
     Raises:
         Mistake: for a number that is none, or not finite.
     """
-    file, is_file, rest = entry.rpartition(".py:")
+    if is_url(entry):
+        file, is_file, rest = entry.rpartition("/")
+    else:
+        file, is_file, rest = entry.rpartition(".py:")
     name, has_number, number = rest.partition(":")
     if has_number and finite(number) is None:
         raise Mistake(f"--{flag} {entry}: after the colon comes a finite number, as in {name or 'image_reward'}:0.5")
     return file + is_file + name, finite(number) if has_number else None
+
+
+def label_of(name):
+    """What logs call a reward."""
+    return name.rpartition("/" if is_url(name) else ":")[2]
+
+
+def without_secrets(url):
+    """Scheme and what follows the last @, without a query."""
+    return re.sub(r"(?<=://).*@", "", re.split("[?#]", url)[0])
 
 
 def split_pairs(flag, entries):

@@ -237,13 +237,18 @@ def add_algorithm_arguments(parser):
         help="--cfg_scale within the distance of scores, or beside it as the implicit reward that it is in the IKL",
     )  # fmt: skip
     g.add_argument(
-        "--reward_mode", choices=["clean", "diffused"], default="clean",
-        help="reward of the generated image, or (DIDR) of what the reference makes of it from every noise level; then "
-        "--reward_scale is the exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
+        "--reward_mode", choices=["clean", "diffused", "surrogate"], default="clean",
+        help="reward of the generated image; or (DIDR) of what the reference makes of it from every noise level; or "
+        "of a third network that learns the reward from its numbers alone. With the last two --reward_scale is the "
+        "exponent of the tilted target p_ref exp(α_rew r), whatever w(t)",
     )  # fmt: skip
     g.add_argument(
         "--diffused_reward_steps", type=positive_int, default=1, help="k, denoising steps of --reward_mode diffused"
     )
+    g.add_argument(
+        "--surrogate_group", type=whole(2), default=4,
+        help="n, pictures of a prompt whose scores the surrogate compares, at n noise levels each",
+    )  # fmt: skip
     g.add_argument(
         "--ta_steps",
         type=positive_int,
@@ -277,8 +282,9 @@ def add_reward_arguments(parser):
     g = parser.add_argument_group("reward")
     g.add_argument(
         "--reward", type=text, nargs="+", metavar="NAME[:WEIGHT]",
-        help=f"r(x, c), the weighted sum of: {', '.join(CATALOGUE)}, or your own as path/to/file.py:function; none: "
-        "no reward, where --reward_scale is 0; default: image_reward, or none where it is 0",
+        help=f"r(x, c), the weighted sum of: {', '.join(CATALOGUE)}, your own as path/to/file.py:function, or a "
+        "judge's URL http://host:port/path; none: no reward, where --reward_scale is 0; default: image_reward, or "
+        "none where it is 0",
     )  # fmt: skip
     g.add_argument(
         "--heldout_reward",
@@ -294,6 +300,7 @@ def add_reward_arguments(parser):
         metavar="NAME=PATH",
         help="local files or folders, instead of the Hub's",
     )
+    add_judges_arguments(g)
     g.add_argument("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="of the rewards' networks")
     g.add_argument(
         "--reward_batch_size", type=positive_int, help="images decoded and scored at a time; default: the whole batch"
@@ -319,6 +326,18 @@ def add_reward_arguments(parser):
     )  # fmt: skip
 
 
+def add_judges_arguments(g):
+    """Of judges elsewhere; `evaluate_one_step.py` has them, too."""
+    g.add_argument(
+        "--reward_timeout", type=positive, default=60.0,
+        help="seconds that a judge at a URL may take to answer for a batch",
+    )  # fmt: skip
+    g.add_argument(
+        "--reward_retries", type=natural, default=5,
+        help="how often it is asked again if it does not, with pauses of 2, 4, 8, ... 60 seconds",
+    )  # fmt: skip
+
+
 def add_optimization_arguments(parser):
     g = parser.add_argument_group("optimization")
     g.add_argument("--train_batch_size", type=positive_int, default=16, help="images per process and forward pass")
@@ -333,6 +352,12 @@ def add_optimization_arguments(parser):
         "--ta_lora_rank", type=natural, default=0, help="train the TA as LoRA on the reference; 0: a full copy"
     )
     g.add_argument("--ta_lora_alpha", type=positive, help="LoRA scale; default: the rank")
+    g.add_argument("--surrogate_learning_rate", type=positive, help="of the surrogate; default: as the TA")
+    g.add_argument(
+        "--surrogate_lora_rank", type=natural, default=0,
+        help="train the surrogate as LoRA on the reference; 0: a full copy",
+    )  # fmt: skip
+    g.add_argument("--surrogate_lora_alpha", type=positive, help="LoRA scale; default: the rank")
     g.add_argument(
         "--lora_target_modules",
         type=text,

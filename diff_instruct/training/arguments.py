@@ -104,12 +104,24 @@ def check_args(args):
         raise Mistake("give either --dataset_name or --train_prompts (a file or folder of prompts)")
     if args.reward_ratio is not None and args.reward_scale is not None:
         raise Mistake("give either --reward_scale or --reward_ratio, which measures it")
-    if args.reward_ratio is not None and args.reward_mode == "diffused":
-        raise Mistake("--reward_ratio needs --reward_mode clean: a diffused reward weighs as its exponent says")
+    if args.reward_ratio is not None and args.reward_mode != "clean":
+        raise Mistake(
+            f"--reward_ratio needs --reward_mode clean: a {args.reward_mode} reward weighs as its exponent says"
+        )
     if args.divergence == "score" and args.reward_mode == "diffused":
         raise Mistake("--reward_mode diffused needs --divergence ikl: inside a distance it takes second derivatives")
+    if args.divergence == "score" and args.reward_mode == "surrogate":
+        raise Mistake("--reward_mode surrogate needs --divergence ikl: it is a difference of scores, as that is")
+    if args.reward_mode == "surrogate" and args.train_batch_size % args.surrogate_group:
+        raise Mistake(
+            f"--train_batch_size {args.train_batch_size} must be a multiple of --surrogate_group "
+            f"{args.surrogate_group}, the pictures of a prompt that are compared"
+        )
     if args.reward == [NO_REWARD] and args.reward_scale != 0:
-        raise Mistake(f"--reward {NO_REWARD} needs --reward_scale 0: give that, or a reward")
+        given = "no --reward_ratio, but --reward_scale 0" if args.reward_ratio is not None else "--reward_scale 0"
+        raise Mistake(f"--reward {NO_REWARD} needs {given}: give that, or a reward")
+    if args.lora_target_modules and not (args.lora_rank or args.ta_lora_rank):
+        raise Mistake("--lora_target_modules names what gets adapters: give --lora_rank or --ta_lora_rank, too")
     if not args.min_timestep < args.max_timestep:
         raise Mistake("--min_timestep must be less than --max_timestep")
     if not args.cfg_interval[0] < args.cfg_interval[1]:

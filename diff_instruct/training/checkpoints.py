@@ -25,7 +25,7 @@ FREE = set(  # arguments that a resumed run may have others of: they do not chan
     "preset output_dir overwrite_output_dir max_train_steps max_nonfinite_steps cache_dir prompt_cache dry_run "
     "memory_gib offload_ema validation_images logging_steps logging_dir report_to tracker_project_name run_name "
     "tracker_group allow_bad_rows checkpointing_steps checkpoints_total_limit resume_from_checkpoint "
-    "pair_folder push_to_hub hub_private_repo hub_model_id".split()
+    "pair_folder reward_timeout reward_retries push_to_hub hub_private_repo hub_model_id".split()
 )
 SHARED = "train_batch_size", "gradient_accumulation_steps"  # times the number of processes: a step's images
 

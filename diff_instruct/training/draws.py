@@ -1,5 +1,8 @@
 """What Algorithm 1 draws, batch by batch."""
 
+import torch
+
+from diff_instruct.surrogate import level_timesteps
 from diff_instruct.terms import Batch
 
 
@@ -49,6 +52,18 @@ class Draws:
         """t ~ π(t), (B,), of u ~ U[0, 1)."""
         u = u if self.shift == 1 else shifted(u, self.low, self.high, self.shift)
         return self.schedule.timesteps(u, self.low, self.high).to(self.sampler.device)
+
+    def groups(self, n):
+        """Yield those of a surrogate's step: n samples for each prompt, all after the same step of the generator.
+        Their t are levels for [`Surrogate`]: those of a group at equal distances in log-SNR, from an offset that is
+        drawn. Of G groups, samples g, g + G, g + 2 G, ... are one: so processes share out whole groups."""
+        for _ in range(self.passes):
+            draw = self.sampler()
+            groups = len(draw.prompts) // n
+            prompts, step = draw.prompts[:groups] * n, draw.step[:groups].repeat(n)
+            u = (torch.arange(n).repeat_interleave(groups) + draw.u[:groups].repeat(n)) / n
+            t = level_timesteps(u, self.schedule, self.low, self.high).to(draw.z.device)
+            yield self.batch(draw._replace(prompts=prompts, step=step))._replace(t=t)
 
 
 def shifted(u, low, high, s):

@@ -12,7 +12,9 @@ from diff_instruct.export.card import figure_names
 from diff_instruct.export.export import export, save_generator, upload
 from diff_instruct.prompts.survey import rows_read
 from diff_instruct.rewards.loading import truncated_prompts
-from diff_instruct.training.endings import writing_export
+from diff_instruct.rewards.numbers import NoScores
+from diff_instruct.training.checkpoints import save_checkpoint
+from diff_instruct.training.endings import GO_ON_LATER, Ending, writing_export
 from diff_instruct.training.record import record_of
 from diff_instruct.training.trackers import end_trackers
 
@@ -20,10 +22,14 @@ from diff_instruct.training.trackers import end_trackers
 def finish(run):
     """Judge, draw, export and, if asked for, upload. All processes call it."""
     args, accelerator, known, theta = run.args, run.accelerator, run.known, run.state.theta
-    scores, pictures = run.judge(run.reward, run.heldout)
+    try:
+        scores, pictures = run.judge(run.reward, run.heldout)
+        difference, as_shipped = shipped_difference(run, scores, pictures)
+    except NoScores as error:  # of a judge; what is trained must not be lost
+        written = save_checkpoint(accelerator, args, run.state)
+        raise Ending(GO_ON_LATER, str(error)).after(written, run.state.step) from None
     summary = summary_of(run)
     drawn = draw_the_reference(run)
-    difference, as_shipped = shipped_difference(run, scores, pictures)
     if accelerator.is_main_process:
         before = load_file(run.before_file)
         columns = {"real": known.real} if known.real else {}

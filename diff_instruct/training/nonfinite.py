@@ -15,10 +15,12 @@ CAUSES = {  # figures of a step, the first cause first
     "x0_mean": "the generator's images",
     "pair_loss": "loss on pairs",
     "ta_loss": "TA loss",
+    "surrogate_loss": "surrogate's loss",
     "norm_divergence": "divergence",
     "norm_cfg": "guidance",
     "norm_anchor": "anchor",
     "norm_reward": "reward",
+    "norm_surrogate": "surrogate",
 }
 
 

@@ -20,7 +20,7 @@ from diff_instruct.models.actors import Actors, load_actors
 from diff_instruct.models.lora import reach
 from diff_instruct.models.published import check_rounding, rounding_of
 from diff_instruct.models.reference import encode_null
-from diff_instruct.models.roles import roles_of
+from diff_instruct.models.roles import has_surrogate, roles_of
 from diff_instruct.models.sources import Models, models_of
 from diff_instruct.models.weight_files import check_weights
 from diff_instruct.plan.advice import advice
@@ -36,6 +36,7 @@ from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
 from diff_instruct.rewards.look import look_at_rewards
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
+from diff_instruct.surrogate import Surrogate
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, step_of
 from diff_instruct.training.draws import Draws
 from diff_instruct.training.environment import (
@@ -90,6 +91,7 @@ class Run:
     state: LoopState
     judge: Judge
     history: History | None  # on the main process
+    surrogate: Surrogate | None = None
 
     @property
     def first_step(self):
@@ -202,7 +204,7 @@ def load(args, accelerator, known, started):
     device, models = accelerator.device, known.models
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     trained_on, reported = read_rewards(args)
-    reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir)
+    reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir, args.reward_mode != "surrogate")
     heldout = load_scorers(reported, device, args.cache_dir)
     roles = roles_of(args, models)
     actors = load_actors(models, roles, device, dtype, autocast_of(accelerator), args)
@@ -212,7 +214,7 @@ def load(args, accelerator, known, started):
 
     first = step_of(known.checkpoint) if known.checkpoint else -args.pair_steps - args.ta_warmup_steps
     on_pairs = first < -args.ta_warmup_steps
-    theta, psi = train(args, accelerator, roles, actors, on_pairs)
+    theta, psi, phi = train(args, accelerator, roles, actors, on_pairs)
     encode = make_conditioning(args, actors.pipe, device)
     draws = make_draws(args, accelerator, known, actors, encode, with_pairs=on_pairs or args.anchor_scale > 0)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
@@ -228,8 +230,8 @@ def load(args, accelerator, known, started):
         heldout=heldout,
         encode=encode,
         draws=draws,
-        gradient_at_x0=generator_step(args, actors.ta, actors.ref, null, reward, decode),
-        state=LoopState(theta, psi, draws.sampler, dial, step=first, started=started),
+        gradient_at_x0=generator_step(args, actors.ta, actors.ref, null, reward, decode, actors.surrogate),
+        state=LoopState(theta, psi, draws.sampler, dial, step=first, started=started, phi=phi),
         judge=Judge(
             accelerator,
             actors.generator,
@@ -242,6 +244,7 @@ def load(args, accelerator, known, started):
             batch_size=args.reward_batch_size or args.train_batch_size,
         ),
         history=None,
+        surrogate=surrogate_of(args, actors, reward, decode, accelerator),
     )
 
 
@@ -254,7 +257,8 @@ def stage(args, on_pairs=False):
 
 
 def train(args, accelerator, roles, actors, on_pairs):
-    """θ and ψ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before."""
+    """θ, ψ and φ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before; φ takes one while
+    there is a reward, and is None where there is no surrogate."""
     title = {role.name: role.title for role in roles}
     total, k = args.pretrain_steps + args.max_train_steps, args.ta_steps
     theta = Trained(
@@ -274,7 +278,36 @@ def train(args, accelerator, roles, actors, on_pairs):
         steps=args.ta_warmup_steps + k * total,
         warmup_steps=k * args.lr_warmup_steps,
     )
-    return theta, psi
+    if actors.surrogate is None:
+        return theta, psi, None
+    phi = Trained(
+        accelerator,
+        args,
+        title["surrogate"],
+        actors.surrogate,
+        learning_rate=args.surrogate_learning_rate or args.ta_learning_rate or args.learning_rate,
+        steps=args.max_train_steps,
+        warmup_steps=args.lr_warmup_steps,
+    )
+    return theta, psi, phi
+
+
+def surrogate_of(args, actors, reward, decode, accelerator):
+    """The [`Surrogate`] of a run; None where there is none."""
+    if actors.surrogate is None:
+        return None
+    return Surrogate(
+        actors.generator,
+        actors.surrogate,
+        actors.ref,
+        reward,
+        decode,
+        args.surrogate_group,
+        args.min_timestep,
+        args.max_timestep,
+        args.reward_batch_size,
+        accelerator,
+    )
 
 
 def make_draws(args, accelerator, known, actors, encode, with_pairs):
@@ -296,6 +329,7 @@ def make_draws(args, accelerator, known, actors, encode, with_pairs):
     )
     if args.prompt_cache:
         steps = args.ta_warmup_steps + (args.ta_steps + 1) * (args.pretrain_steps + args.max_train_steps)
+        steps += args.max_train_steps * has_surrogate(args)
         most = steps * images_per_step(args, accelerator)
         others = ["", *known.eval_prompts, *known.validation_prompts]
         fill_cache(args, encode, known.train_prompts, others, most, index, processes)

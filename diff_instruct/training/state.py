@@ -20,6 +20,8 @@ class LoopState:
         step (`int`): iterations that are done, so the next one's number; negative while the TA warms up.
         heldout_scores (`list`): of the first held-out reward, one for each validation of this stage.
         started (`float`): when the run would have begun, had it never been stopped.
+        phi ([`Trained`], *optional*): what is trained of the surrogate.
+        unjudged (`bool`): whether a validation is due after `step`, which had no scores.
     """
 
     theta: Trained
@@ -29,11 +31,13 @@ class LoopState:
     step: int
     heldout_scores: list = field(default_factory=list)
     started: float = field(default_factory=time.time)
+    phi: Trained | None = None
+    unjudged: bool = False
 
     @property
     def networks(self):
         """What has files of its own, in their order."""
-        return [self.theta, self.psi]
+        return [self.theta, self.psi, *([] if self.phi is None else [self.phi])]
 
     @property
     def seconds(self):
@@ -42,8 +46,8 @@ class LoopState:
 
     @property
     def skipped_steps(self):
-        """Steps of either network that were not taken."""
-        return self.theta.skipped + self.psi.skipped
+        """Steps of any network that were not taken."""
+        return sum(trained.skipped for trained in self.networks)
 
     def state_dict(self):
         """Plain numbers of this process; tensors are the networks'."""
@@ -54,12 +58,14 @@ class LoopState:
             "heldout_scores": self.heldout_scores,
             "dial": self.dial.state_dict(),
             "networks": [trained.counters() for trained in self.networks],
+            **({"unjudged": True} if self.unjudged else {}),
         }
 
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned."""
         self.step, self.heldout_scores = state["step"], state["heldout_scores"]
         self.started -= state["seconds"]
+        self.unjudged = state.get("unjudged", False)
         self.sampler.load_state_dict(state["sampler"])
         self.dial.load_state_dict(state["dial"])
         for trained, counters in zip(self.networks, state["networks"]):

@@ -14,6 +14,7 @@ from diff_instruct.terms import (
     LatentReward,
     Noised,
     ScoreDistance,
+    SurrogateReward,
     mean_norm,
 )
 
@@ -84,22 +85,25 @@ class GeneratorStep:
         return Noised(leaf, x_t, batch, alpha, estimates, from_ref.guided, again, schedule), terms
 
 
-def terms_of(args, reward, decode):
+def terms_of(args, reward, decode, phi=None):
     """The terms of the method that the arguments are: a divergence, a reward and, if asked for, an anchor.
 
     Args:
         reward ([`Mix`]): r(x, c).
         decode: latents to pixels.
+        phi ([`Denoiser`]): the surrogate, if there is one.
     """
     of_latents = LatentReward(reward, decode, args.reward_batch_size)
     divergence, rewarded = IKL(), CleanReward(of_latents)
     if args.divergence == "score":
         divergence = ScoreDistance(args.score_distance, args.huber_c, args.score_guidance)
+    if phi is not None:
+        rewarded = SurrogateReward(phi)
     if args.reward_mode == "diffused":
         rewarded = DiffusedReward(of_latents, args.diffused_reward_steps)
     return divergence, rewarded, Anchor(args.anchor_scale)
 
 
-def generator_step(args, ta, ref, null, reward, decode):
+def generator_step(args, ta, ref, null, reward, decode, phi=None):
     """The [`GeneratorStep`] of a run."""
-    return GeneratorStep(ta, ref, null, terms_of(args, reward, decode), args.weighting, tuple(args.cfg_interval))
+    return GeneratorStep(ta, ref, null, terms_of(args, reward, decode, phi), args.weighting, tuple(args.cfg_interval))

@@ -1,10 +1,14 @@
 """What is seen of a run, step by step: figures, pictures, checkpoints, and reasons to end."""
 
+from contextlib import contextmanager
+
 from tqdm.auto import tqdm
 
 from diff_instruct.evaluation.judge import WHILE_TRAINING
+from diff_instruct.rewards.numbers import NoScores
 from diff_instruct.terms import Alpha
 from diff_instruct.training.checkpoints import save_checkpoint
+from diff_instruct.training.endings import GO_ON_LATER, Ending
 from diff_instruct.training.history import Averages, Speed, log_images
 from diff_instruct.training.interrupts import Interrupts
 from diff_instruct.training.nonfinite import NonFinite
@@ -38,6 +42,8 @@ class Watch:
         """Yield each step and its [`Alpha`], until the last, or until the held-out reward has fallen for too long. At
         negative steps pairs are learnt, then the TA warms up; before `--pretrain_steps` there is no reward."""
         args, state = self.run.args, self.run.state
+        if state.unjudged:
+            self.validate_or_end()
         for step in self.interrupts.listen(self.bar):
             if args.heldout_patience and validations_since_best(state.heldout_scores) >= args.heldout_patience:
                 return
@@ -50,6 +56,28 @@ class Watch:
     def see(self, figures):
         """Scalar tensors of one pass, by name."""
         self.figures.add(figures)
+
+    @contextmanager
+    def scoring(self):
+        """Within: a step begins, with what a judge says. If it says nothing, the step has not begun, and the run ends
+        after the one before.
+
+        Raises:
+            Ending: then, after a checkpoint.
+        """
+        sampler = self.run.state.sampler
+        before = sampler.state_dict()
+        try:
+            yield
+        except NoScores as error:
+            sampler.load_state_dict(before)
+            self.end(Ending(GO_ON_LATER, str(error)))
+
+    def end(self, ending):
+        """Write a checkpoint, and raise the [`Ending`] with how to go on."""
+        written = save_checkpoint(self.run.accelerator, self.run.args, self.run.state)
+        end_trackers(self.run.accelerator)
+        raise ending.after(written, self.run.state.step) from None
 
     def not_taken(self, step, trained):
         """A step whose gradient was not finite: see [`NonFinite`]."""
@@ -67,14 +95,14 @@ class Watch:
         self.log(alpha, state.step % args.logging_steps == 0 or is_last)
         self.speed.pause()
         if args.validation_steps and state.step % args.validation_steps == 0 and step >= 0:
-            self.validate(step)
-        self.interrupts.read_ahead(state.sampler, 0 if is_last else (args.ta_steps + 1) * self.run.draws.passes)
+            self.validate_or_end()
+        phases = args.ta_steps + 1 + (state.phi is not None)
+        self.interrupts.read_ahead(state.sampler, 0 if is_last else phases * self.run.draws.passes)
         ending = self.interrupts.agreed()  # of all processes
-        if ending or args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or is_last):
-            written = save_checkpoint(self.run.accelerator, args, state)
         if ending:
-            end_trackers(self.run.accelerator)
-            raise ending.after(written, state.step)
+            self.end(ending)
+        if args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or is_last):
+            save_checkpoint(self.run.accelerator, args, state)
         self.speed.go_on()
 
     def log(self, alpha, is_due):
@@ -89,11 +117,25 @@ class Watch:
         row |= {**self.speed.take(), **({} if on_pairs else {"grad_norm_ta": psi.norm})}
         row |= {"grad_norm_generator": theta.norm} if on_pairs or state.step > 0 else {}
         row |= {"reward_scale": alpha.rew} if state.step > 0 else {}
+        row |= {"grad_norm_surrogate": state.phi.norm} if state.phi is not None and alpha.rew else {}
         row |= {"learning_rate": theta.learning_rate, "ta_learning_rate": psi.learning_rate}
         row["skipped_steps"] = state.skipped_steps
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in (row | self.judged).items() if k in ON_THE_BAR})
         if self.run.history is not None:
             self.run.history.log(self.run.accelerator, state.step, row)
+
+    def validate_or_end(self):
+        """Validate; if a judge says nothing, that is still due when the run goes on.
+
+        Raises:
+            Ending: then, after a checkpoint.
+        """
+        self.run.state.unjudged = True
+        try:
+            self.validate(self.run.state.step - 1)
+        except NoScores as error:
+            self.end(Ending(GO_ON_LATER, str(error)))
+        self.run.state.unjudged = False
 
     def validate(self, step):
         """Scores and pictures of the generator as it is."""
