@@ -7,6 +7,7 @@ another keeps the latents, which the export's VAE decodes.
 """
 
 import copy
+import inspect
 import json
 import os
 import socket
@@ -82,6 +83,8 @@ SMALL = {  # of the widths that ComfyUI's detection knows
     "Flux2KleinPipeline": ("Flux2Transformer2DModel", 32, flux(
         in_channels=128, joint_attention_dim=256, axes_dims_rope=(32, 32, 32, 32), guidance_embeds=False)),
     "QwenImagePipeline": ("QwenImageTransformer2DModel", 16, {"num_layers": 1}),
+    "Krea2Pipeline": ("Krea2Transformer2DModel", 16, {
+        "num_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1408}),
     "ZImagePipeline": ("ZImageTransformer2DModel", 16, {"n_layers": 2}),
 }  # fmt: skip
 TEXT = {  # states, pooled
@@ -89,7 +92,14 @@ TEXT = {  # states, pooled
     "StableDiffusion3Pipeline": (4096, 2048),
     "Flux2KleinPipeline": (256, None),
     "QwenImagePipeline": (3584, None),
+    "Krea2Pipeline": (12 * 2560, None),
     "ZImagePipeline": (2560, None),
+}
+SCALES = {
+    "FluxPipeline": (0.3611, 0.1159),
+    "StableDiffusion3Pipeline": (1.5305, 0.0609),
+    "Flux2KleinPipeline": (1, 0),
+    "ZImagePipeline": (0.3611, 0.1159),
 }
 if WHERE is None:
     pytest.skip("COMFYUI names no folder of ComfyUI", allow_module_level=True)
@@ -169,11 +179,13 @@ def small_network(name):
 
 
 def conditions(name):
-    """(what `OneStepPipeline` is given, what ComfyUI's node is) of one prompt of 512 tokens, to which FLUX.2's are padded there."""
+    """(what `OneStepPipeline` is given, what ComfyUI's node is) of one prompt of 512 tokens, as FLUX.2 pads to."""
     width, pooled = TEXT[name]
     random = torch.Generator().manual_seed(1)
     states = torch.randn(1, 512, width, generator=random)
     c, given = {"encoder_hidden_states": states}, {"states": states}
+    if name == "Krea2Pipeline":
+        c["encoder_hidden_states"] = states.unflatten(2, (12, 2560))
     if pooled:
         c["pooled_projections"] = given["pooled_output"] = torch.randn(1, pooled, generator=random)
     if "encoder_attention_mask" in FAMILIES[name].conditions:
@@ -215,6 +227,15 @@ def test_comfyui_draws_the_export(server, name, tmp_path):
         with torch.no_grad():
             return pipe.generate(pipe.transformer, z, c)
 
+    def for_vae(x0):
+        """As the pipeline's `decode` and ComfyUI's latent format have it: the published VAE's scale and shift."""
+        if name in ("QwenImagePipeline", "Krea2Pipeline"):
+            config = inspect.signature(diffusers.AutoencoderKLQwenImage.__init__).parameters
+            mean, std = (torch.tensor(config[f"latents_{k}"].default).view(1, -1, 1, 1) for k in ("mean", "std"))
+            return x0 * std + mean
+        scale, shift = SCALES[name]
+        return x0 / scale + shift
+
     def picture(latents):
         latents = latents.float().view(1, *pipe.latent_shape())
         if factor == 16:  # 2×2 patches of channels
@@ -222,11 +243,11 @@ def test_comfyui_draws_the_export(server, name, tmp_path):
                 latents.view(1, channels, 2, 2, *latents.shape[2:]).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
             )
         with torch.no_grad():
-            return vae.decode(latents / latents.std()).sample
+            return vae.decode(latents / 4).sample
 
     def difference(graph, pipe):
         """Largest and mean difference of pictures in 255ths of the range of ours."""
-        theirs, expected = run(server, graph, given), ours(pipe)
+        theirs, expected = run(server, graph, given), for_vae(ours(pipe))
         assert theirs.numel() == expected.numel()
         a, b = picture(theirs), picture(expected)
         gap = (a - b).abs() * 255 / (b.max() - b.min())
@@ -257,8 +278,9 @@ def test_comfyui_draws_the_export(server, name, tmp_path):
     plain = ours(pipe)
     network.load_state_dict({k: make() for k, make in merged(adapted, "generator").items()})
     found["LoRA"] = difference(with_lora, pipe)
-    changed = picture(ours(pipe)) - picture(plain)
-    found["what the LoRA changes"] = (changed.abs().max() * 255 / (picture(plain).max() - picture(plain).min())).item()
+    plain = picture(for_vae(plain))
+    changed = picture(for_vae(ours(pipe))) - plain
+    found["what the LoRA changes"] = (changed.abs().max() * 255 / (plain.max() - plain.min())).item()
     print(f"\n{name}: " + "; ".join(f"{k} {v}" for k, v in found.items()))
     assert found["bfloat16"][0] < 2 and found["LoRA"][0] < 2 and found["float8"][2] < 0.2
     assert found["what the LoRA changes"] > 10

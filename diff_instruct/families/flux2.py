@@ -15,7 +15,11 @@ class Flux2(Flux2Klein):
     has_null = False
     unguided = {}  # its guidance is embedded
     embedded_guidance = 4.0
-    apps = None
+    apps = {
+        **Flux2Klein.apps,
+        "encoder": ("CLIPLoader", "flux2", "mistral_3_small_flux2_bf16.safetensors"),
+        "stable_diffusion_cpp": "--llm mistral_3_small_flux2_bf16.safetensors --vae flux2-vae.safetensors",
+    }
     instruction = (  # what the model was trained with
         "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
         "relationships, object\nattribution and actions without speculation."

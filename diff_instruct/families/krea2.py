@@ -7,6 +7,61 @@ from diff_instruct.families.qwen_image import QwenImage
 from pipeline_one_step import ATTENTION, device_of, pack, positions, tokenize, unpack
 
 
+ORIGINAL = """
+first = img_in
+tmlp.0 = time_embed.linear_1
+tmlp.2 = time_embed.linear_2
+tproj.1 = time_mod_proj
+txtmlp.0.scale = txt_in.norm.weight
+txtmlp.1 = txt_in.linear_1
+txtmlp.3 = txt_in.linear_2
+txtfusion.projector = text_fusion.projector
+last.linear = final_layer.linear
+last.norm.scale = final_layer.norm.weight
+last.modulation.lin = final_layer.scale_shift_table
+txtfusion.layerwise_blocks.* = text_fusion.layerwise_blocks.*:
+    attn.wq = attn.to_q
+    attn.wk = attn.to_k
+    attn.wv = attn.to_v
+    attn.wo = attn.to_out.0
+    attn.gate = attn.to_gate
+    attn.qknorm.qnorm.scale = attn.norm_q.weight
+    attn.qknorm.knorm.scale = attn.norm_k.weight
+    mlp.gate = ff.gate
+    mlp.up = ff.up
+    mlp.down = ff.down
+    prenorm.scale = norm1.weight
+    postnorm.scale = norm2.weight
+txtfusion.refiner_blocks.* = text_fusion.refiner_blocks.*:
+    attn.wq = attn.to_q
+    attn.wk = attn.to_k
+    attn.wv = attn.to_v
+    attn.wo = attn.to_out.0
+    attn.gate = attn.to_gate
+    attn.qknorm.qnorm.scale = attn.norm_q.weight
+    attn.qknorm.knorm.scale = attn.norm_k.weight
+    mlp.gate = ff.gate
+    mlp.up = ff.up
+    mlp.down = ff.down
+    prenorm.scale = norm1.weight
+    postnorm.scale = norm2.weight
+blocks.* = transformer_blocks.*:
+    mod.lin = |scale_shift_table
+    attn.wq = attn.to_q
+    attn.wk = attn.to_k
+    attn.wv = attn.to_v
+    attn.wo = attn.to_out.0
+    attn.gate = attn.to_gate
+    attn.qknorm.qnorm.scale = attn.norm_q.weight
+    attn.qknorm.knorm.scale = attn.norm_k.weight
+    mlp.gate = ff.gate
+    mlp.up = ff.up
+    mlp.down = ff.down
+    prenorm.scale = norm1.weight
+    postnorm.scale = norm2.weight
+"""  # layers, see `diff_instruct/export/original.py`
+
+
 class Krea2(QwenImage):
     """Krea 2: a transformer over the tokens of image and prompt (twelve of Qwen3-VL's states of a chat, without those
     of the system's message), under a mask; latents, VAE and chat are Qwen-Image's.
@@ -20,7 +75,13 @@ class Krea2(QwenImage):
     unguided = {"guidance_scale": 0.0}
     lora_targets = (*ATTENTION, "to_gate", "ff.gate", "ff.up", "ff.down")
     null_prompt = ""
-    apps = None
+    apps = {
+        "original": ORIGINAL,
+        "encoder": ("CLIPLoader", "krea2", "qwen3vl_4b_fp8_scaled.safetensors"),
+        "latent": "EmptySD3LatentImage",
+        "vae": "qwen_image_vae.safetensors",
+        "stable_diffusion_cpp": "--llm qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors",
+    }
     layers = tuple(range(2, 36, 3))  # of the text encoder, whose states are taken
     assumed = {"text_encoder_select_layers": [*layers], "patch_size": 2}
 
