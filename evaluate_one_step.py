@@ -180,7 +180,7 @@ def grid(folders, rows, prompts):
     def thumbnail(file):
         image = Image.open(file)
         side = min(image.width, THUMBNAIL)
-        return from_picture(image.resize((side, side)))
+        return from_picture(image.resize((side, round(side * image.height / image.width))))
 
     columns = [torch.stack([thumbnail(folder / f"{i:05d}-0.png") for i in rows]) for folder in folders.values()]
     return image_grid(dict(zip(folders, columns)), [prompts.texts[i] for i in rows])

@@ -1,12 +1,14 @@
 """Several image sizes in one run: each batch draws one; training, judging, plan and export follow."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
+from diff_instruct.evaluation.pictures import image_grid, picture
 from diff_instruct.export.card import stock_call
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import sizes_of
@@ -14,6 +16,7 @@ from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.steps import GeneratorStep
+from evaluate_one_step import grid
 from pipeline_one_step import OneStepPipeline
 from tests.runs import run, same
 from tests.tiny import tiny_sdxl
@@ -76,6 +79,16 @@ def test_the_stock_call_of_a_card_draws_the_first_size(tmp_path):
     scope = {"pipe": pipe}
     exec(stock_call(pipe, "fire"), scope)
     assert scope["image"].size == pipe("fire").images[0].size == (16, 24)
+
+
+def test_sheets_show_pictures_in_their_own_form(tmp_path):
+    tall = torch.ones(1, 3, 20, 10)
+    label, head, gap = 230, 26, 4
+    assert image_grid({"generator": tall}, ["fire"]).size == (label + 150 + gap, head + 300 + gap)
+    assert image_grid({"generator": tall.mT}, ["fire"]).size == (label + 150 + gap, head + 75 + gap)
+    picture(tall[0]).save(tmp_path / "00000-0.png")
+    sheet = grid({"generator": tmp_path}, [0], Namespace(texts=["fire"]))
+    assert sheet.size == (label + 150 + gap, head + 300 + gap)
 
 
 def test_sizes_that_cannot_be(tiny_args):

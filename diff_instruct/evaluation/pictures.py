@@ -15,7 +15,7 @@ REFERENCE_STEPS = 25
 
 
 def image_grid(columns, prompts, marks=None):
-    """One picture: a row for each prompt, a column for each title.
+    """One picture: a row for each prompt, a column for each title; all pictures in the form of the first.
 
     Args:
         columns (`dict`): title to B pictures in [0, 1]: a tensor (B, 3, H, W), or a list of tensors (3, H, W), and of
@@ -25,8 +25,9 @@ def image_grid(columns, prompts, marks=None):
     """
     shown = next(image for column in columns.values() for image in column if image is not None)
     size = max(165 if marks else 150, shown.shape[-1])  # wide enough for what is written
+    tall = round(size * shown.shape[-2] / shown.shape[-1])
     label, head, foot = 230, 26, 18 if marks else 0
-    width, height = size + 4, size + foot + 4
+    width, height = size + 4, tall + foot + 4
     sheet = Image.new("RGB", (label + width * len(columns), head + height * len(prompts)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for k, (title, images) in enumerate(columns.items()):
@@ -34,9 +35,9 @@ def image_grid(columns, prompts, marks=None):
         for row, image in enumerate(images):
             if image is not None:
                 place = label + width * k, head + height * row
-                sheet.paste(picture(image).resize((size, size)), place)
+                sheet.paste(picture(image).resize((size, tall)), place)
                 if marks:
-                    draw_marks(draw, place[0], place[1] + size, {what: m[row] for what, m in marks[title].items()})
+                    draw_marks(draw, place[0], place[1] + tall, {what: m[row] for what, m in marks[title].items()})
     for row, prompt in enumerate(prompts):
         words, lines = prompt.split(), [""]
         for word in words:
