@@ -14,7 +14,7 @@ from diff_instruct.models.published import check_rounding, rounding_of
 from diff_instruct.models.roles import roles_of
 from diff_instruct.models.rounding import rounded_layers, stored_bytes
 from diff_instruct.models.sources import models_of
-from diff_instruct.plan.advice import levers
+from diff_instruct.plan import advice
 from diff_instruct.plan.memory_plan import plan
 from diff_instruct.training.arguments import parse_args
 from tests.runs import history, run, same, trained, weights
@@ -64,7 +64,21 @@ def test_the_plan_counts_what_is_loaded(tiny_args):
     rows = plan(args, models, "bf16")
     assert rows["reference"]["weights"] == stored_bytes(network, 2)
     assert rows["teaching assistant"]["weights"] == 4 * adapters
-    assert [lever.words for lever in levers(args) if "quantization" in lever.words] == []
+    assert [lever.words for lever in advice.levers(args, models) if "quantization" in lever.words] == []
+
+
+def test_rounding_is_advised_where_it_is_not_refused(tiny_args, monkeypatch):
+    """Beside adapters; not of a network that is published rounded."""
+    options = ["--mixed_precision", "bf16", "--no-use_ema", "--use_8bit_adam", "--offload_text_encoder"]
+    for ranks, advised in (([], False), (["--ta_lora_rank", 2], False), (LORA, True)):
+        args = parsed(*tiny_args, *options, *ranks)
+        fake = lambda args, *_: {"all": {"weights": 9 - 8 * (args.base_quantization != "none")}}  # noqa: E731
+        monkeypatch.setattr(advice, "plan", fake)
+        assert ("--base_quantization" in advice.what_would_help(args)) == advised
+    models = models_of(args)
+    assert {"int8", "nf4"} < {word for lever in advice.levers(args, models) for word in lever.words.split()}
+    models.networks["transformer"].register_to_config(quantization_config={"load_in_4bit": True})
+    assert not [lever for lever in advice.levers(args, models) if "quantization" in lever.words]
 
 
 def test_a_base_that_comes_out_otherwise_is_not_resumed_on(tiny_args, tmp_path):

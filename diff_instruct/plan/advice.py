@@ -17,12 +17,14 @@ class Lever(NamedTuple):
         sets: the arguments that it sets.
         unused: whether the run does without it so far, and could have it.
         in_activations: whether it makes activations smaller, not what is held all the time.
+        needs: the arguments without which it is refused.
     """
 
     words: str
     sets: dict
     unused: bool
     in_activations: bool = False
+    needs: tuple = ()
 
     def on(self, args):
         """The arguments with it."""
@@ -31,12 +33,14 @@ class Lever(NamedTuple):
         return changed
 
 
-def levers(args):
+def levers(args, models):
     """The [`Lever`]s that a run does without, those first that cost the result least."""
     half, twice = args.train_batch_size // 2, 2 * args.gradient_accumulation_steps
     several, shares = args.train_batch_size > 1, processes() > 1
     away = args.offload_text_encoder or args.prompt_cache
-    now, roundable = args.base_quantization, args.reference_lora is None and not shares
+    now, ranks = args.base_quantization, ("lora_rank", "ta_lora_rank")
+    published = models.networks[models.denoiser].config.get("quantization_config")
+    roundable = models.lora is None and not shares and not published
     every = (
         Lever("--gradient_checkpointing", {"gradient_checkpointing": True}, not args.gradient_checkpointing, True),
         Lever("--reward_batch_size 1", {"reward_batch_size": 1}, several and args.reward_batch_size != 1, True),
@@ -59,8 +63,8 @@ def levers(args):
             has_surrogate(args) and not args.surrogate_lora_rank,
         ),
         Lever("--lora_rank 64", {"lora_rank": 64}, not args.lora_rank),
-        Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable),
-        Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable),
+        Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable, needs=ranks),
+        Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable, needs=ranks),
     )
     return [lever for lever in every if lever.unused]
 
@@ -81,7 +85,7 @@ def advice(args, models, memory_gib):
         batch = args.train_batch_size + int((memory_gib * GIB - need) / each)
         return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
     words = []
-    for lever in levers(args):
+    for lever in levers(args, models):
         args, flag = lever.on(args), lever.words.split()[0]
         words = [earlier for earlier in words if not earlier.startswith(flag)] + [lever.words]
         need = highest(args, models)[1]
@@ -98,7 +102,8 @@ def what_would_help(args):
     def held(args):
         return {k: sum(row.values()) for k, row in plan(args, models, args.mixed_precision or "no").items()}
 
-    actors, unused = held(args), levers(args)
+    actors = held(args)
+    unused = [lever for lever in levers(args, models) if all(getattr(args, name) for name in lever.needs)]
     total = sum(actors.values())
     saved = {lever.words: total - sum(held(lever.on(args)).values()) for lever in unused if not lever.in_activations}
     best = [words for words in sorted(saved, key=saved.get, reverse=True) if saved[words] > 0][:2]
