@@ -1,11 +1,13 @@
 """What an iteration costs: `OMP_NUM_THREADS=1 python benchmarks/step_cost.py pixart`
 
-Three ways to take the same steps, in turn, in one process, on the same model and batch:
+Ways to take the same steps, in turn, in one process, on the same model and batch:
 
 (a) nothing but the network passes that Algorithm 1 needs with K_TA = 1, guidance and a reward, and the optimizers'
     steps: generator forward, TA forward and backward; generator forward and backward, TA forward, reference forward
     for c and ∅, decoder and scorer forward and backward. Prompts are encoded before.
 (b) the training script.
+(a') and (b'): both with one x0 for TA and generator, as DMD2's schedule has it (`--reuse_generated`): a generator
+    forward less.
 (c) as one would write it first: prompts and ∅ are encoded in every phase, their padding stays, the reference is called
     for c and then for ∅, and one graph leads from the reward through decoder and generator.
 
@@ -81,7 +83,7 @@ class Plain:
         self.generator, self.ref = self.pipe.denoiser.train(), getattr(stock, models.denoiser)
         self.ta = copy.deepcopy(self.ref).requires_grad_(True).train()
         self.reward = load_mix(read_rewards(args)[0], self.device)
-        options = {"lr": 1e-5, "betas": (0.0, 0.999), "fused": self.device == "cuda"}
+        options = {"lr": 1e-5, "betas": (0.0, 0.999), "fused": True}
         self.theta, self.psi = (torch.optim.AdamW(m.parameters(), **options) for m in (self.generator, self.ta))
 
     def draw(self):
@@ -99,14 +101,15 @@ class Plain:
         c, null = self.pipe.encode_prompt(self.prompts), self.pipe.encode_null()
         return c, {k: v.expand(len(self.prompts), *v.shape[1:]) for k, v in null.items()}
 
-    def bare(self, c, null):
-        """(a)"""
+    def bare(self, c, null, reuse=False):
+        """(a), (a')"""
         pipe, (z, x_t, t) = self.pipe, self.draw()
-        with torch.no_grad():
+        with torch.set_grad_enabled(reuse):
             x0 = pipe.denoise(self.generator, z, t, c)
-        pipe.denoise(self.ta, x0, t, c).square().mean().backward()
+        pipe.denoise(self.ta, x0.detach(), t, c).square().mean().backward()
         self.step(self.psi)
-        x0 = pipe.denoise(self.generator, z, t, c)
+        if not reuse:
+            x0 = pipe.denoise(self.generator, z, t, c)
         with torch.no_grad():
             gradient = pipe.denoise(self.ta, x_t, t, c)
             both = pipe.denoise(self.ref, torch.cat([x_t, x_t]), torch.cat([t, t]), stacked(c, null))
@@ -154,7 +157,7 @@ def script_seconds(args):
 
     with patch.multiple(set_up, Sampler=Sampler, use_cores=lambda processes: None):
         script.main(args)
-    starts = stamps[::2]  # two draws an iteration: the TA's and the generator's
+    starts = stamps[:: 1 if args.reuse_generated else 2]  # draws an iteration: the TA's and the generator's
     return [b - a for a, b in zip(starts, starts[1:])]
 
 
@@ -178,7 +181,9 @@ def main():
         torch.manual_seed(0)
         few = Path(args.train_prompts).read_text().splitlines()[: args.max_train_samples]
         prompts = list(islice(cycle(few), args.train_batch_size))
-        plain, seconds = Plain(args, prompts), {"bare": [], "script": [], "first draft": []}
+        one_x0 = parse_args(options + rest + ["--reuse_generated"])
+        sides = "bare", "script", "bare, one x0", "script, one x0", "first draft"
+        plain, seconds = Plain(args, prompts), {side: [] for side in sides}
         encode = Conditioning(plain.pipe.encode_prompt, plain.device)
         null = encode.null(plain.pipe.encode_null)
         null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in null.items()}
@@ -186,6 +191,8 @@ def main():
         for _ in range(ours.rounds):
             seconds["bare"] += [timed(plain.bare, c, null) for _ in range(ours.iterations + 1)][1:]
             seconds["script"] += script_seconds(args)[1:]  # the first one encodes prompts
+            seconds["bare, one x0"] += [timed(plain.bare, c, null, True) for _ in range(ours.iterations + 1)][1:]
+            seconds["script, one x0"] += script_seconds(one_x0)[1:]
             seconds["first draft"] += [timed(plain.first_draft) for _ in range(ours.iterations + 1)][1:]
     medians = {k: statistics.median(v) for k, v in seconds.items()}
     parts = {"model": ours.model, "batch": args.train_batch_size}

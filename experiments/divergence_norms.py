@@ -12,6 +12,7 @@ import torch
 
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.reference import encode_null
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.encoding import make_conditioning
 from diff_instruct.terms import IKL, Alpha, Batch, ScoreDistance
@@ -31,7 +32,7 @@ BATCH, WARM_UP = 32, 60
 def main():
     args, device = parse_args(["--output_dir", "not-made"]), torch.device("cpu")
     models = models_of(args)
-    actors = load_actors(models, device, torch.float32, nullcontext, args)
+    actors = load_actors(models, roles_of(args, models), device, torch.float32, nullcontext, args)
     encode, prompts = make_conditioning(args, actors.pipe, device), Path(args.train_prompts).read_text().splitlines()
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
     null = {k: v.expand(BATCH, *v.shape[1:]) for k, v in null.items()}

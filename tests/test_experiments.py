@@ -15,6 +15,7 @@ from diff_instruct.training.arguments import parse_args
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import divergence_norms  # noqa: E402
 import five_methods  # noqa: E402
 import five_settings  # noqa: E402
 import mixture  # noqa: E402
@@ -22,11 +23,13 @@ import mode_seeking  # noqa: E402
 import one_change  # noqa: E402
 import pocket_runs as runs  # noqa: E402
 import pocket_tables as tables  # noqa: E402
+import start_from_pairs  # noqa: E402
 import timesteps  # noqa: E402
 
 
 AT_625 = timesteps.settings_of(625, Namespace(work_dir="runs"))
 EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTIONS.values(), AT_625]
+EXPERIMENTS.append(start_from_pairs.settings_of(Path("runs/pretrained/pairs")))
 
 
 def test_settings_are_arguments_and_differ(tmp_path):
@@ -48,6 +51,20 @@ def test_timesteps_start_as_the_committed_generator_but_at_another():
     )
     changed = {k for k in stated if stated[k] != ours[k]}
     assert changed == {"timestep", "pretrain_steps", "checkpoints_total_limit"}
+
+
+def test_the_start_from_pairs_has_no_steps_of_algorithm_1():
+    args = parse_args([*start_from_pairs.START.split(), "--output_dir", "runs"])
+    assert (args.pair_steps, args.pretrain_steps, args.max_train_steps, args.timestep) == (400, 0, 0, [400])
+
+
+def test_norms_of_each_divergence_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(divergence_norms, "BATCH", 2)
+    monkeypatch.setattr(divergence_norms, "WARM_UP", 1)
+    monkeypatch.setattr(divergence_norms, "TIMESTEPS", (200, 900))
+    divergence_norms.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and all(float(cell) > 0 for row in rows[2:] for cell in row.split("|")[2:4])
 
 
 def test_one_run_serves_all_who_ask_for_it():

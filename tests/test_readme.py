@@ -112,10 +112,10 @@ def shortened(command, model, prompts):
         kept += ["--train_prompts", str(prompts), "--eval_prompts", str(prompts)]
     if given.heldout_reward or given.heldout_patience:
         kept += ["--heldout_reward", "pocket_heldout"]
-    for name in ("pretrain_steps", "max_train_steps", "ta_warmup_steps", "validation_steps"):
+    for name in ("pair_steps", "pretrain_steps", "max_train_steps", "ta_warmup_steps", "validation_steps"):
         kept += [f"--{name}", str(min(getattr(given, name), 1))]
     few = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "num_eval_prompts": 2, "num_eval_images": 2}
-    few |= {"surrogate_group": 2}
+    few |= {"surrogate_group": 2, "num_pairs": 64}
     for name, value in {**few, "checkpointing_steps": 1, "report_to": "none"}.items():
         kept += [f"--{name}", str(value)]
     return [*kept, "--pretrained_model_name_or_path", model, "--reward", *only_local(given.reward, "pocket")]
