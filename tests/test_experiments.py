@@ -44,7 +44,8 @@ def test_settings_are_arguments_and_differ(tmp_path):
     assert len({runs.folder_of(arguments, folders, 0) for arguments in every}) == len(every)
 
 
-def test_timesteps_start_as_the_committed_generator_but_at_another():
+def test_timesteps_start_as_the_committed_generator_but_at_another(monkeypatch):
+    monkeypatch.chdir(ROOT)
     stated, ours = (
         vars(parse_args([*command.split(), "--output_dir", "runs"]))
         for command in (timesteps.GENERATOR_COMMAND, f"{timesteps.PRETRAIN} --timestep 400")
@@ -53,7 +54,8 @@ def test_timesteps_start_as_the_committed_generator_but_at_another():
     assert changed == {"timestep", "pretrain_steps", "checkpoints_total_limit"}
 
 
-def test_the_start_from_pairs_has_no_steps_of_algorithm_1():
+def test_the_start_from_pairs_has_no_steps_of_algorithm_1(monkeypatch):
+    monkeypatch.chdir(ROOT)
     args = parse_args([*start_from_pairs.START.split(), "--output_dir", "runs"])
     assert (args.pair_steps, args.pretrain_steps, args.max_train_steps, args.timestep) == (400, 0, 0, [400])
 
