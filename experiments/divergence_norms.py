@@ -1,7 +1,7 @@
 """How hard each divergence pulls at each noise level of the pocket reference.
 
-`python experiments/divergence_norms.py`: the committed generator draws 32 training prompts, a teaching assistant has
-warmed up for 60 steps, and the norms of the divergence's gradient at x0, a mean per sample, are printed for t = 100 to
+`python experiments/divergence_norms.py`: the committed generator draws 16 training prompts, a teaching assistant has
+warmed up for 30 steps, and the norms of the divergence's gradient at x0, a mean per sample, are printed for t = 100 to
 980 and guidance of 4.5 at all levels.
 """
 
@@ -26,7 +26,7 @@ DIVERGENCES = {
     "pseudo-Huber, `x0`": (ScoreDistance("pseudo_huber"), "x0"),
     "`l2`, `dmd`": (ScoreDistance("l2"), "dmd"),
 }
-BATCH, WARM_UP = 32, 60
+BATCH, WARM_UP = 16, 30
 
 
 def main():
