@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from safetensors.torch import load_file
 
 import train_diff_instruct_pp as script
-from diff_instruct.export import tensors
 from diff_instruct.mistake import Mistake
+from diff_instruct.models import tensors
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.lora import merged, trained_parameters
 from diff_instruct.models.roles import roles_of

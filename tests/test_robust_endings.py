@@ -275,7 +275,7 @@ def test_log_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkey
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(quick_args, tmp_path, monkeypatch, capsys):
-    from diff_instruct.export import tensors as module
+    from diff_instruct.models import tensors as module
 
     save, calls = module.write_tensors, []
 

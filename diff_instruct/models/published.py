@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.roles import has_surrogate
 from diff_instruct.models.rounding import DECODE, ENCODE, PARTS, Rounded, nf4_parts, round_empty, rounding
 from diff_instruct.models.sharding import is_chosen
 from diff_instruct.models.weight_files import generator_weights, options, variants
@@ -146,9 +147,10 @@ def check_rounding(args, models, roles):
     what = f"--base_quantization {asked}" if asked != "none" else f"{models.reference.path}, published in nf4,"
     full = [role.title for role in roles if role.in_full]
     if full:
+        ranks = ["--lora_rank", "--ta_lora_rank", *["--surrogate_lora_rank"] * has_surrogate(args)]
         raise Mistake(
             f"{what} needs all that is trained as LoRA on it, but the {' and the '.join(full)} would be trained in "
-            "full: give --lora_rank and --ta_lora_rank, for example 64"
+            f"full: give {' and '.join(ranks)}, for example 64"
         )
     if "nf4" in plan.values() and find_spec("bitsandbytes") is None:
         raise Mistake(f"{what} needs bitsandbytes: pip install bitsandbytes")
