@@ -38,7 +38,7 @@ def levers(args, models):
     half, twice = args.train_batch_size // 2, 2 * args.gradient_accumulation_steps
     several, shares = args.train_batch_size > 1, processes() > 1
     away = args.offload_text_encoder or args.prompt_cache
-    now, ranks = args.base_quantization, ("lora_rank", "ta_lora_rank")
+    now, ranks = args.base_quantization, ("lora_rank", "ta_lora_rank", *["surrogate_lora_rank"] * has_surrogate(args))
     published = models.networks[models.denoiser].config.get("quantization_config")
     roundable = models.lora is None and not shares and not published
     every = (
