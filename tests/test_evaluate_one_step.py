@@ -359,6 +359,7 @@ def test_commas_in_a_path(tmp_path, monkeypatch):
         (["--models", "a=/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
         (["--models", "a=TINY"], "is a PixArtAlphaPipeline: say steps"),
         (["--models", "a=TINY/transformer"], "is a network only: say its pipeline"),
+        (["--models", "a=TINY/transformer,steps=4,guidance=2"], "is no folder of a whole pipeline"),
         (["--models", "a=TINY/transformer,base=TINY"], "names no t"),
         (["--models", "a=EXPORT,timestep=400"], "knows its own t"),
         (

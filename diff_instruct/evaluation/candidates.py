@@ -109,6 +109,11 @@ def check(contender, resolution, cache_dir, trust_remote_code):
     entry = f"--models {contender.name}={contender.path}"
     if contender.base is None:
         if contender.path.endswith(WEIGHT_FILES) or (Path(contender.path) / "config.json").is_file():
+            if contender.steps is not None:
+                raise Mistake(
+                    f"{entry} is no folder of a whole pipeline, which steps=... samples; of one file diffusers makes "
+                    "it: `from_single_file(FILE).save_pretrained(FOLDER)`"
+                )
             raise Mistake(f"{entry} is a network only: say its pipeline, as in base=PIPELINE,timestep=399,noise=unit")
         index = read_index(contender.path, cache_dir=cache_dir)
         if is_one_step(index):
