@@ -246,7 +246,8 @@ def test_named_flags_exist(page):
         "--no-deps",
         "--w",
         "--n",
-    }  # accelerate's, TensorBoard's, pip's, and those that other trainers' prompt files hold
+        "--diffusion-model",
+    }  # accelerate's, TensorBoard's, pip's, stable-diffusion.cpp's, and those that other trainers' prompt files hold
     for folder in ("examples", "experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
