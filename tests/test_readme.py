@@ -247,6 +247,7 @@ def test_named_flags_exist(page):
         "--w",
         "--n",
         "--diffusion-model",
+        "--vae",
     }  # accelerate's, TensorBoard's, pip's, stable-diffusion.cpp's, and those that other trainers' prompt files hold
     for folder in ("examples", "experiments", "benchmarks", "tests/parity"):
         known |= {flag for file in (ROOT / folder).glob("*.py") for flag in re.findall(r'"(--\w+)"', file.read_text())}
