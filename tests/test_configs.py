@@ -95,7 +95,7 @@ def test_pure_noise_holds_nothing_for_the_prediction_of_noise(tiny_args, tmp_pat
         (["--timestep", "1000"], r"--timestep 1000 is outside the schedule of .*: t\* must be in 0\.\.999"),
         (["--timestep", "-1"], "--timestep must be a whole number of at least 0"),
         (["--resolution", "17"], "--resolution 17 cannot be made by .*: it must be a multiple of 2"),
-        (["--resolution", "0"], "--resolution must be a whole number of at least 1"),
+        (["--resolution", "0"], "--resolution must be pixels, as in 1024"),
         (["--enable_xformers_memory_efficient_attention"], "xformers"),
         (["--use_8bit_adam"], "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes"),
         (["--pretrained_generator_name_or_path", "/nowhere/unet.safetensors"], "there is no file /nowhere/unet"),

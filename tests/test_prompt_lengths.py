@@ -29,6 +29,9 @@ def test_a_prompt_is_cut_if_more_words_change_nothing(tmp_path, name):
     models = read_models(ModelSource(save(name, tmp_path)))
     cut = Cut.of(models)
     n = bisect_left(range(2000), True, key=lambda n: is_cut(cut, "a" + " cat" * n))
+    if n == 2000:  # a tokenizer without a limit
+        assert cut.longest < cut.tokens and cut.counted
+        return
     assert 5 < n < 2000 and cut.longest > cut.tokens
     pipe = load_generator(models, load_reference(models, torch.float32))
 

@@ -51,6 +51,11 @@ def read_index(path, **where):
         raise Mistake(f"no pipeline can be read from {path}: {str(error).splitlines()[0]}") from None
 
 
+def class_of(library, class_name):
+    """The class of a text encoder or tokenizer, as an index names it: of transformers, or a pipeline's own."""
+    return getattr(transformers if library == "transformers" else getattr(diffusers.pipelines, library), class_name)
+
+
 def empty_network(path, name, library, class_name, **where):
     """A component of a pipeline, from its config alone.
 
@@ -62,8 +67,7 @@ def empty_network(path, name, library, class_name, **where):
             cls = getattr(diffusers, class_name)
             with init_empty_weights():
                 return cls.from_config(cls.load_config(path, subfolder=name, **where))
-        module = transformers if library == "transformers" else getattr(diffusers.pipelines, library)  # its own class
-        cls = getattr(module, class_name)
+        cls = class_of(library, class_name)
         file = cached_file(path, "config.json", subfolder=name, **where)
         if file is None:  # so says transformers, for a folder
             raise FileNotFoundError

@@ -5,11 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from diff_instruct.models.configs import read_index
+from diff_instruct.models.configs import class_of, read_index
 from diff_instruct.plan.activations import hollow
 from diff_instruct.rewards.specs import read_rewards
 from pipeline_one_step import OneStepPipeline
@@ -61,17 +60,40 @@ class Reading:
 
 
 class Heard:
-    """A tokenizer that notes what it is asked for, and returns as many tokens as there can be."""
+    """A tokenizer that notes what it is asked for of the prompt, and returns as many tokens as there can be; what else
+    it is asked, such as the words around a prompt, it answers.
 
-    def __init__(self, tokenizer, readings):
-        self.tokenizer, self.readings = tokenizer, readings
+    Args:
+        asked: the tokenizer, or the processor that holds it, whose chat template then counts.
+    """
+
+    def __init__(self, asked, readings):
+        self.asked, self.readings = asked, readings
+        self.inner = asked if isinstance(asked, PreTrainedTokenizerBase) else asked.tokenizer
 
     def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
+        return getattr(self.asked, name)
 
-    def __call__(self, prompt, max_length=None, **_):
-        limit = max_length or self.tokenizer.model_max_length
-        self.readings.append(Reading.of_probe(self.tokenizer, prompt[0], limit))
+    @property
+    def tokenizer(self):
+        return Heard(self.inner, self.readings)
+
+    def apply_chat_template(self, chats, tokenize=True, add_generation_prompt=False, **options):
+        template = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        if not tokenize:
+            return self.asked.apply_chat_template(chats, **template, **options)
+        return self([self.asked.apply_chat_template(chat, **template) for chat in chats], **options)
+
+    def pad(self, tokens, max_length=None, **options):  # of a family that cuts the tokens itself
+        self.readings.append(Reading(self.inner, "", "", False, max_length))
+        return self.inner.pad(tokens, max_length=max_length, **options)
+
+    def __call__(self, prompt=None, max_length=None, text=None, **options):
+        prompt = text if prompt is None else prompt
+        if isinstance(prompt, str) or PROBE.lower() not in prompt[0].lower():
+            return self.inner(prompt, max_length=max_length, **options)
+        limit = max_length or self.inner.model_max_length
+        self.readings.append(Reading.of_probe(self.inner, prompt[0], limit))
         tokens = torch.ones(len(prompt), limit if limit < NO_LIMIT else 1, dtype=torch.long)
         return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
 
@@ -89,6 +111,8 @@ def readings_of(path, family, networks, max_sequence_length=None, **where):
     """
     index = read_index(path, **where)
     names = [name.replace("text_encoder", "tokenizer") for name in networks if name.startswith("text_encoder")]
+    if index.get("processor", [None])[0]:  # it holds the tokenizer
+        names = ["processor"]
     if not all(index.get(name, [None])[0] for name in names):
         return None
     if Path(path).is_dir() and not all((Path(path) / name).is_dir() for name in names):
@@ -96,12 +120,11 @@ def readings_of(path, family, networks, max_sequence_length=None, **where):
     readings, fake = [], FakeTensorMode(allow_non_fake_inputs=True)
     parts = dict.fromkeys(OneStepPipeline._optional_components)
     for name in names:
-        tokenizer = getattr(transformers, index[name][1]).from_pretrained(path, subfolder=name, **where)
-        parts[name] = Heard(tokenizer, readings)
+        parts[name] = Heard(class_of(*index[name]).from_pretrained(path, subfolder=name, **where), readings)
     parts |= {k: hollow(v, torch.float32, fake) for k, v in networks.items() if k.startswith("text_encoder")}
     config = SimpleNamespace(max_sequence_length=max_sequence_length or family.max_sequence_length)
     pipe = SimpleNamespace(**parts, config=config, denoiser=networks[family.denoiser])
-    with fake, torch.no_grad():
+    with torch.no_grad():
         family.encode_prompt(pipe, [PROBE])
     return readings
 
