@@ -37,7 +37,7 @@ OUT_OF_RANGE = {
     "1.5": """
         adam_beta1 adam_beta2 ema_decay min_timestep max_timestep timestep generator_steps max_train_steps ta_steps
         train_batch_size lora_rank seed checkpointing_steps""",
-    "5": "generator_steps",
+    "9": "generator_steps",
     "4294967296": "seed",
     "9" * 30: "max_train_steps resolution",
 }
