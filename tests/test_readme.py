@@ -337,4 +337,4 @@ def test_pocket_is_small_enough():
 def test_the_pipeline_imports_nothing_of_ours():
     source = (ROOT / "pipeline_one_step.py").read_text()
     imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
-    assert imported <= {"json", "os", "sys", "pathlib", "typing", "torch", "diffusers", "transformers"}
+    assert imported <= {"functools", "json", "os", "sys", "pathlib", "typing", "torch", "diffusers", "transformers"}
