@@ -92,6 +92,12 @@ def build_parser():
     return parser
 
 
+def scorers_of(args):
+    """The [`RewardSpec`]s of `--rewards`."""
+    asking = {"timeout": args.reward_timeout, "retries": args.reward_retries}
+    return read_scorers(args.rewards, args.reward_checkpoint, **asking)
+
+
 def check_args(args):
     """Raises Mistake, in one line, for arguments that cannot work together."""
     if (args.prompts is None) == (args.dataset_name is None):
@@ -100,7 +106,7 @@ def check_args(args):
         raise Mistake("--dataset_name is streamed: say how many prompts with --num_prompts")
     if args.batch_size < args.num_images:
         raise Mistake(f"--batch_size must be at least --num_images, {args.num_images}: a prompt's stay together")
-    read_scorers(args)
+    scorers_of(args)
 
 
 def parse_models(args):
@@ -125,13 +131,13 @@ def check_output_dir(args, contenders):
     """Raises Mistake if `--output_dir` is, holds or lies in something that is evaluated or that scores."""
     inputs = [(f"--models {c.name}", path) for c in contenders.values() for path in (c.path, c.base)]
     inputs += [("--prompts", args.prompts), ("--dataset_name", args.dataset_name)]
-    inputs += files_of(read_scorers(args), args.reward_checkpoint)
+    inputs += files_of(scorers_of(args), args.reward_checkpoint)
     check_apart([("--output_dir", args.output_dir)], inputs, [("--cache_dir", args.cache_dir or HF_HUB_CACHE)])
 
 
 def settings(args, prompts, dtype, device):
     """What the figures depend on, besides the models: an evaluation goes on only if it is the same."""
-    specs = read_scorers(args)
+    specs = scorers_of(args)
     local = [path for spec in specs for path in (spec.file, spec.checkpoint) if path]
     names = ("num_images", "seed", "rewards", "reward_checkpoint", "batch_size", "resolution")
     return {
@@ -222,7 +228,7 @@ def main(args):
     # 2. Draw and score, model by model, what is not there yet.
     scorers = {}
     if any(missing.values()):
-        scorers = load_scorers(read_scorers(args), device, args.cache_dir)
+        scorers = load_scorers(scorers_of(args), device, args.cache_dir)
     for name in (name for name, numbers in missing.items() if numbers):
         meter = Meter(device)
         draw, shape = load(contenders[name], known[name], args.resolution, args.cache_dir, dtype, device)

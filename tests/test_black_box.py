@@ -285,7 +285,7 @@ def test_time_and_retries_come_from_the_command_line(tiny_args):
     assert (spec.timeout, spec.retries) == (7, 2)
     words = ["--models", "a=b", "--prompts", "p.txt", "--rewards", "http://host/ocr", "--reward_retries", "2"]
     args = evaluate_one_step.build_parser().parse_args(words)
-    assert [spec.retries for spec in evaluate_one_step.read_scorers(args)] == [2]
+    assert [spec.retries for spec in evaluate_one_step.scorers_of(args)] == [2]
 
 
 def test_scorers_of_both_kinds_are_loaded(judges):

@@ -118,10 +118,11 @@ def files_of(specs, reward_checkpoint):
     return own + [(f"--reward_checkpoint {name}", path) for name, path in read_checkpoints(reward_checkpoint).items()]
 
 
-def read_scorers(args):
-    """A tuple of [`RewardSpec`], of the evaluation script's `--rewards` and their kin. Raises as `read_rewards`."""
-    checkpoints, asking = read_checkpoints(args.reward_checkpoint), (args.reward_timeout, args.reward_retries)
-    scorers = tuple(RewardSpec(name, 1.0, None, checkpoints.get(name), *asking) for name in args.rewards)
+def read_scorers(rewards, reward_checkpoint=(), **asking):
+    """A tuple of [`RewardSpec`], of names and `--reward_checkpoint`; `asking` may hold `timeout` and `retries`. Raises
+    as `read_rewards`."""
+    checkpoints = read_checkpoints(reward_checkpoint)
+    scorers = tuple(RewardSpec(name, 1.0, None, checkpoints.get(name), **asking) for name in rewards)
     check_labels(scorers)
     return scorers
 
