@@ -260,8 +260,8 @@ def test_continued_equals_never_stopped_and_brings_its_timesteps(short_args, tmp
 
 
 def test_a_one_step_generator_can_go_on_with_more_steps(short_args, tmp_path):
-    make(short_args("pixart", "--timestep", 300)).save_pretrained(tmp_path / "out")
-    start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "out")]
+    make(short_args("pixart", "--timestep", 300)).save_pretrained(tmp_path / "one")
+    start = [*short_args("pixart"), "--pretrained_generator_name_or_path", str(tmp_path / "one")]
     assert models_of(parse_args(start)).timestep == 300
     assert models_of(parse_args([*start, "--generator_steps", "3"])).timestep == [300, 200, 100]
     assert models_of(parse_args([*start, "--timestep", "300", "50"])).timestep == [300, 50]
