@@ -82,6 +82,8 @@ TABLE = [
     ("train", ["--timestep", *"987654321"], "at most 8"),
     ("train", ["--heldout_patience", "2", "--validation_steps", "0"], "--heldout_patience needs"),
     ("train", ["--lr_scheduler", "piecewise_constant"], "--lr_scheduler"),
+    ("train", ["--lora_alpha", "4"], "--lora_alpha scales a LoRA: give --lora_rank, too"),
+    ("train", ["--memory_gib", "24"], "give --dry_run, too"),
     ("train", ["--report_to", "notepad"], "--report_to notepad: take"),
     ("evaluate", ["--dataset_name", "owner/name"], "either --prompts or --dataset_name"),
     ("evaluate", ["--num_images", "4", "--batch_size", "2"], "--batch_size must be at least --num_images"),

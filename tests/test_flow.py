@@ -220,7 +220,15 @@ def test_trained_exported_and_stock_agree(flow_args, tmp_path, monkeypatch, name
 
     watch_actors(monkeypatch, look)
     watch_export(monkeypatch, exported)
-    ranks = ["--lora_rank", lora, "--lora_alpha", 4, "--ta_lora_rank", ta_lora, "--learning_rate", 1e-2]
+    ranks = [
+        "--lora_rank",
+        lora,
+        *(["--lora_alpha", 4] if lora else []),
+        "--ta_lora_rank",
+        ta_lora,
+        "--learning_rate",
+        1e-2,
+    ]
     options = [*ranks, "--max_train_steps", 2, "--checkpointing_steps", 0, "--validation_steps", 0]
     options += ["--gradient_checkpointing", "--pretrain_steps", 1, "--pretrain_cfg_scale", 1, "--num_eval_prompts", 2]
     args = parse_args(flow_args(name, *options))

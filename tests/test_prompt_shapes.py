@@ -105,6 +105,7 @@ OBJECTS = {
     "by text, scored": ({"a cat": 5, "a dog": 3}, None),
     "by text, to files": ({"a cat": "1.png", "a dog": "2.png"}, None),
     "a list of strings": ({"version": 1, "prompts": ["a cat", "a dog"]}, None),
+    "wrapped": ({"data": {"prompts": ["a cat", "a dog"]}}, None),
     "a list of rows": ({"images": [{"caption": "a cat"}, {"caption": "a dog"}]}, None),
     "COCO": (
         {
@@ -158,8 +159,8 @@ def test_a_trainers_prompt_file(tmp_path, capsys):
     count = load_prompts(PromptSource(str(tmp_path / "a.txt")), None, 1).count
     assert count.rows == 5 and count.skipped.counts[COMMENTS] == count.skipped.counts[OPTIONS] == 1
     line = capsys.readouterr().out
-    assert "5 rows read, 5 used, 1 of them to judge with" in line and "1 comments (first a.txt:1)" in line
-    assert "1 options of a trainer (first a.txt:3)" in line and line.count("\n") == 1
+    assert "5 rows read, 5 used, 1 of them to judge with" in line and "1 comment (first a.txt:1)" in line
+    assert "1 option of a trainer (first a.txt:3)" in line and line.count("\n") == 1
 
 
 def test_captions_beside_pictures(tmp_path):

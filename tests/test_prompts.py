@@ -251,7 +251,7 @@ def test_prompts_to_judge_with_may_be_named(tmp_path, capsys):
     assert (count.rows, count.used, count.judged) == (5, 5, 3)
     line = capsys.readouterr().out
     assert "a.txt: 5 rows read, 5 used, 3 of them to judge with and not to train on, 0 left out" in line
-    assert "b.txt: 4 rows read, 4 used, 0 left out; no prompts: 1 blank lines (first b.txt:2)" in line
+    assert "b.txt: 4 rows read, 4 used, 0 left out; no prompts: 1 blank line (first b.txt:2)" in line
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl", "my own.txt"])

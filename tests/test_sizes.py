@@ -15,6 +15,8 @@ from diff_instruct.models.configs import sizes_of
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
+from diff_instruct.training.checkpoints import check_checkpoint
+from diff_instruct.training.record import arguments_of
 from diff_instruct.training.steps import GeneratorStep
 from evaluate_one_step import grid
 from pipeline_one_step import OneStepPipeline
@@ -71,6 +73,16 @@ def test_a_run_with_sizes(tiny_args, tmp_path, monkeypatch):
     run([*tiny_args, *options, "--resume_from_checkpoint", "checkpoint-2", "--output_dir", out])
     resumed = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     assert same(pipe.unet.state_dict(), resumed.unet.state_dict())
+
+
+def test_other_batches_would_draw_other_sizes(tiny_args, tmp_path):
+    args = parse_args([*tiny_args, "--resolution", "16", "24x16"])
+    recorded = {"format": 2, "files": {}, "processes": 2, "prompts": {}, "arguments": arguments_of(args)}
+    recorded["arguments"] |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(recorded))
+    args.train_batch_size, args.gradient_accumulation_steps = 2, 2
+    with pytest.raises(Mistake, match="each batch draws one size of --resolution: with 2 a step would draw others"):
+        check_checkpoint(tmp_path, args, 1)
 
 
 def test_the_stock_call_of_a_card_draws_the_first_size(tmp_path):

@@ -7,6 +7,7 @@ from diff_instruct.models.roles import has_surrogate
 from diff_instruct.models.sharding import processes
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import GIB, peak, plan
+from diff_instruct.rewards.specs import NO_REWARD
 
 
 class Lever(NamedTuple):
@@ -38,19 +39,22 @@ def levers(args, models):
     half, twice = args.train_batch_size // 2, 2 * args.gradient_accumulation_steps
     several, shares = args.train_batch_size > 1, processes() > 1
     away = args.offload_text_encoder or args.prompt_cache
+    judged = args.reward != [NO_REWARD]
     now, ranks = args.base_quantization, ("lora_rank", "ta_lora_rank", *["surrogate_lora_rank"] * has_surrogate(args))
     published = models.networks[models.denoiser].config.get("quantization_config")
     roundable = models.lora is None and not shares and not published
     every = (
         Lever("--gradient_checkpointing", {"gradient_checkpointing": True}, not args.gradient_checkpointing, True),
-        Lever("--reward_batch_size 1", {"reward_batch_size": 1}, several and args.reward_batch_size != 1, True),
+        Lever(
+            "--reward_batch_size 1", {"reward_batch_size": 1}, several and judged and args.reward_batch_size != 1, True
+        ),
         Lever(
             f"--train_batch_size {half} --gradient_accumulation_steps {twice}",
             {"train_batch_size": half, "gradient_accumulation_steps": twice},
             several and not (has_surrogate(args) and half % args.surrogate_group),
             True,
         ),
-        Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, args.reward_dtype == "fp32", True),
+        Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, judged and args.reward_dtype == "fp32", True),
         Lever("--mixed_precision bf16", {"mixed_precision": "bf16"}, args.mixed_precision != "bf16"),
         Lever("--offload_text_encoder", {"offload_text_encoder": True}, not away),
         Lever("--offload_ema", {"offload_ema": True}, args.use_ema and not args.offload_ema and not shares),

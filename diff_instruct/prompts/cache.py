@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from diff_instruct.files import whole
 from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.conditioning import nbytes
 
@@ -53,7 +54,8 @@ class PromptCache:
         self.opened, self.gathered, self.bytes = {}, {}, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "key.txt").write_text(key + "\n")
+            with whole(self.folder / "key.txt") as aside:
+                aside.write_text(key + "\n")
             for file in self.folder.glob("*.partial"):
                 with suppress(FileNotFoundError):  # another process has renamed or removed it
                     if time.time() - file.stat().st_mtime > 3600:  # of a process that was killed

@@ -10,6 +10,7 @@ from diff_instruct.prompts.text_files import compression_of, open_text
 
 
 SPACE = re.compile(r"\s*")
+WRAPPERS = set("data dataset rows items examples records results".split())  # the only key of some documents
 SPLITS = set("train training test testing val valid validation dev".split())
 
 
@@ -96,6 +97,10 @@ def rows_of(document, file, source):
     if not isinstance(document, dict):
         return document if isinstance(document, list) else [document]
     asked = source.caption_column
+    if len(document) == 1 and WRAPPERS.issuperset(map(str.lower, document)):
+        (inner,) = document.values()
+        if isinstance(inner, dict) and any(isinstance(value, (dict, list)) for value in inner.values()):
+            return rows_of(inner, file, source)
 
     def has_text(row):
         return isinstance(row, dict) and any(key == asked or is_known(key) for key in row)

@@ -6,6 +6,7 @@ from collections import Counter
 
 
 BLANK_LINES, COMMENTS, OPTIONS = "blank lines", "comments", "options of a trainer"
+ONE = {BLANK_LINES: "blank line", COMMENTS: "comment", OPTIONS: "option of a trainer"}
 NO_ROWS = {BLANK_LINES, COMMENTS, OPTIONS}  # are told, but nobody meant them as prompts
 MOST_FAULTS = 0.01  # of the rows, that may be left out without being asked
 LONGEST = 10_000  # characters; text encoders read some hundred tokens
@@ -73,6 +74,11 @@ def is_number(value):
     return isinstance(value, (int, float)) or (isinstance(value, str) and NUMBER.fullmatch(value.strip()) is not None)
 
 
+def told(n, why):
+    """How many, and of what, in words."""
+    return f"{n:,} {ONE.get(why, why) if n == 1 else why}"
+
+
 class Skipped:
     """Rows that cannot be used: how many of each kind, and the first ones by name.
 
@@ -106,8 +112,8 @@ class Skipped:
     def kinds(self, of_faults):
         """The faults, or the others, in words: each with how many there are and where the first one is."""
         chosen = [(why, n) for why, n in self.counts.most_common() if (why not in NO_ROWS) == of_faults]
-        return ", ".join(f"{n:,} {why} (first {self.places[why]})" for why, n in chosen)
+        return ", ".join(f"{told(n, why)} (first {self.places[why]})" for why, n in chosen)
 
     def __str__(self):
-        kinds = ", ".join(f"{n:,} {why}" for why, n in self.counts.most_common())
+        kinds = ", ".join(told(n, why) for why, n in self.counts.most_common())
         return f"{kinds}; the first: {', '.join(self.first)}"

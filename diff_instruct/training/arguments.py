@@ -122,6 +122,14 @@ def check_args(args):
         raise Mistake(f"--reward {NO_REWARD} needs {given}: give that, or a reward")
     if args.lora_target_modules and not (args.lora_rank or args.ta_lora_rank):
         raise Mistake("--lora_target_modules names what gets adapters: give --lora_rank or --ta_lora_rank, too")
+    for alpha in ("lora_alpha", "ta_lora_alpha", "surrogate_lora_alpha"):
+        rank = alpha.replace("alpha", "rank")
+        if getattr(args, alpha) and not (
+            getattr(args, rank) or alpha == "lora_alpha" and args.pretrained_generator_lora
+        ):
+            raise Mistake(f"--{alpha} scales a LoRA: give --{rank}, too")
+    if args.memory_gib and not args.dry_run:
+        raise Mistake("--memory_gib is answered before anything is trained: give --dry_run, too")
     if not args.min_timestep < args.max_timestep:
         raise Mistake("--min_timestep must be less than --max_timestep")
     if not args.cfg_interval[0] < args.cfg_interval[1]:

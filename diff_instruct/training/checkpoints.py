@@ -104,6 +104,13 @@ def check_checkpoint(path, args, num_processes):
                 f"has {num_processes}: start as many, or choose {' and '.join(f'--{k}' for k in SHARED)} so that a "
                 f"step has {before} images, as then, not {here}"
             )
+        batches = "gradient_accumulation_steps"
+        if isinstance(args.resolution, list) and then[batches] != now[batches]:
+            raise Mistake(
+                f"--resume_from_checkpoint: {path} was written with --{batches} {then[batches]}, and each batch draws "
+                f"one size of --resolution: with {now[batches]} a step would draw others; start "
+                f"{manifest['processes']} process(es), as then"
+            )
         then = {k: v for k, v in then.items() if k not in SHARED}
     data_then, data_now = manifest["prompts"], prompts_of(args)
     differ = [f"--{k} (then {v}, now {now[k]})" for k, v in then.items() if k in now and differs(k, v, now[k])]
