@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from diff_instruct.command_line import Parser
 from diff_instruct.evaluation.candidates import check_one_step, is_one_step
-from diff_instruct.export.apps import find_app, where_it_runs, workflow
+from diff_instruct.export.apps import find_app, own_layout, where_it_runs, workflow
 from diff_instruct.export.card import LORA_WEIGHTS
-from diff_instruct.export.kohya import folded_lora, kohya_lora
+from diff_instruct.export.kohya import folded_lora, kohya_lora, original_lora
 from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
 from diff_instruct.export.original import original_layout
 from diff_instruct.export.rounded import GGUF_TYPES, check_gguf, write_bfloat16, write_fp8, write_gguf
@@ -105,17 +105,21 @@ def write(pipe, path, folder, name, kinds, prompt, gguf_types=()):
     if "network" in kinds and pipe.unet is not None:
         weights("_unet", unet_layout(pipe.unet))
     elif "network" in kinds and app.original is None:  # no original layout in diffusers: its own, which ComfyUI reads
-        weights("_transformer", pipe.transformer.state_dict())
+        weights("_transformer", own_layout(pipe.transformer, app))
     elif "network" in kinds:
         layout(write_bfloat16, ".safetensors")
     if "network" in kinds and pipe.unet is None and app.vae is None:
         weights("_vae", {k.partition(".")[2]: v for k, v in vae_layout(pipe.vae).items()})
+    if "network" in kinds and app.encoder and any(file.startswith("{name}") for file in app.encoder[2:]):
+        weights("_text_encoder", pipe.text_encoder.state_dict())
     if "fp8" in kinds:
         layout(write_fp8, "_fp8.safetensors")
     for kind in gguf_types if "gguf" in kinds else ():
         layout(write_gguf, f"_{kind}.gguf", app.architecture, kind, pipe.family.modulation)
     if "lora" in kinds and pipe.unet is not None:
         weights("_lora", kohya_lora(Path(path) / LORA_WEIGHTS))
+    elif "lora" in kinds and app.original_lora:
+        weights("_lora", original_lora(Path(path) / LORA_WEIGHTS, pipe.transformer, app.original))
     elif "lora" in kinds:
         weights("_lora", folded_lora(Path(path) / LORA_WEIGHTS))
     if "workflow" in kinds:

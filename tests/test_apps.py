@@ -328,7 +328,7 @@ def test_everything_is_written_and_the_page_says_where(one_step, tmp_path, capsy
         assert all(target in graph and slot in (0, 1, 2) for target, slot in links)
     assert any(node["inputs"].get("text") == "blue cat" for node in graph.values())
     page = capsys.readouterr().out
-    assert 'sd-cli -m apples_1step.safetensors -p "blue cat" --sampling-method lcm --steps 1 --sigmas "2.5017' in page
+    assert "sd-cli -m apples_1step.safetensors -p 'blue cat' --sampling-method lcm --steps 1 --sigmas \"2.5017" in page
     assert "optimum-cli export openvino --model apples_1step_diffusers --task stable-diffusion " in page
     stock = DiffusionPipeline.from_pretrained(files / "apples_1step_diffusers")
     assert type(stock) is StableDiffusionPipeline and type(stock.scheduler) is LCMScheduler
@@ -340,6 +340,8 @@ def test_pixart_is_written_as_comfyui_reads_it(one_step, tmp_path):
     assert {"apples_1step_transformer.safetensors", "apples_1step_vae.safetensors"} < names
     assert "apples_1step.safetensors" not in names
     assert "encoder.mid.attn_1.q.weight" in load_file(files / "apples_1step_vae.safetensors")
+    state = load_file(files / "apples_1step_transformer.safetensors")  # by them it is no PixArt-Σ
+    assert not state["adaln_single.emb.aspect_ratio_embedder.linear_1.weight"].any()
 
 
 def test_unit_noise_is_not_sold_to_a_program_that_cannot_scale_it(one_step):

@@ -6,7 +6,10 @@ ComfyUI and stable-diffusion.cpp count noise as k-diffusion does, σ_k = σ_t / 
 """
 
 import math
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
+
+import torch
 
 from diff_instruct.families import FAMILIES
 from diff_instruct.mistake import Mistake
@@ -21,8 +24,12 @@ class App:
             flow matching.
         single_file: whether diffusers reads a file of the family in the original layout.
         original: the layers' names in the original layout, see `original.py`; None where ComfyUI reads diffusers'.
+        original_lora: whether ComfyUI reads a LoRA by these names alone, not by diffusers'.
+        zeros: {name: shape} of weights of diffusers that ComfyUI looks for, zero where the network has none.
         architecture: what a GGUF file calls the family; None if no program reads one.
-        encoder: ComfyUI's node that loads the text encoders, its `type`, and the files.
+        encoder: ComfyUI's node that loads the text encoders, its `type`, and the files; one that begins with `{name}`
+            is written from the export.
+        prompt: what ComfyUI's text encoder is given for a prompt, where it is not the prompt alone.
         latent: ComfyUI's node that makes empty latents.
         vae: the published VAE's file; None if the export's own is written.
         half_overflows: whether the published VAE overflows in float16.
@@ -33,8 +40,11 @@ class App:
     betas: tuple | None = None
     single_file: bool = False
     original: str | None = None
+    original_lora: bool = False
+    zeros: dict = field(default_factory=dict)
     architecture: str | None = None
     encoder: tuple | None = None
+    prompt: str = "{}"
     latent: str = "EmptyLatentImage"
     vae: str | None = None
     half_overflows: bool = False
@@ -104,6 +114,11 @@ def find_app(pipe):
     return app
 
 
+def own_layout(network, app):
+    """The weights of a network that ComfyUI reads by diffusers' names."""
+    return {key: torch.zeros(shape) for key, shape in app.zeros.items()} | network.state_dict()
+
+
 def workflow(pipe, name, prompt, seed=0):
     """ComfyUI's graph that draws the export, by core nodes, in the form that its server and its page both load.
 
@@ -133,6 +148,7 @@ def workflow(pipe, name, prompt, seed=0):
         model, clip, vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
     else:
         loader, kind, *files = app.encoder
+        files = [file.format(name=name) for file in files]
         names = ["clip_name"] if len(files) == 1 else [f"clip_name{i}" for i in range(1, len(files) + 1)]
         model = [node("UNETLoader", unet_name=f"{name}_transformer.safetensors", weight_dtype="default"), 0]
         clip = [node(loader, **dict(zip(names, files)), **({"type": kind} if kind else {})), 0]
@@ -142,7 +158,7 @@ def workflow(pipe, name, prompt, seed=0):
         model = [node("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False), 0]
     encoder = pipe.family.text_node(pipe)
     size = {"width": width, "height": height} if encoder != "CLIPTextEncode" else {}
-    text = [node(encoder, text=prompt, **size, clip=clip), 0]
+    text = [node(encoder, text=app.prompt.format(prompt), **size, clip=clip), 0]
     if pipe.config.embedded_guidance is not None:
         text = [node("FluxGuidance", conditioning=text, guidance=pipe.config.embedded_guidance), 0]
     latent = [node(app.latent, width=width, height=height, batch_size=1), 0]
@@ -182,13 +198,14 @@ def stable_diffusion_cpp(pipe, name, prompt):
             "here: only an export with --input_noise scaled, or with t* = 999, runs there"
         )
     prediction = " --prediction v" if pipe.schedule.prediction_type == "v_prediction" else ""
+    name = shlex.quote(name)
     model = f"-m {name}.safetensors"
     if not app.single_file:
         model = f"--diffusion-model {name}_transformer.safetensors {app.stable_diffusion_cpp.format(name=name)}"
     if pipe.config.embedded_guidance is not None:
         prediction += f" --guidance {pipe.config.embedded_guidance}"
     return (
-        f'sd-cli {model} -p "{prompt}" --sampling-method lcm --steps {len(pipe.timesteps)} '
+        f"sd-cli {model} -p {shlex.quote(prompt)} --sampling-method lcm --steps {len(pipe.timesteps)} "
         f'--sigmas "{levels.text()}" --cfg-scale 1 -W {width * pipe.grid.factor} -H {height * pipe.grid.factor} '
         f"--rng cpu{prediction}"
     )
@@ -203,6 +220,7 @@ def openvino(pipe, name):
     task = find_app(pipe).task
     if task is None:
         raise Mistake(f"optimum-cli exports no {pipe.config.family} to OpenVINO")
+    name = shlex.quote(name)
     return f"optimum-cli export openvino --model {name}_diffusers --task {task} --weight-format fp16 {name}_openvino"
 
 
@@ -222,7 +240,8 @@ def where_it_runs(pipe, name, prompt):
     rows.append(f"| diffusers, this pipeline | t = {times} | 1 | `DiffusionPipeline.from_pretrained` |")
     stock = "as the call above has it" if levels.flow else "`LCMScheduler`"
     steps = pipe.family.stock_arguments(pipe)
-    steps = ", ".join(f"`{name}={steps[name]}`" for name in ("timesteps", "sigmas") if name in steps)
+    given = [name for name in ("timesteps", "sigmas") if name in steps] or ["num_inference_steps"]
+    steps = ", ".join(f"`{name}={steps[name]}`" for name in given)
     rows.append(f"| diffusers, stock pipeline, {stock} | {steps} | {diffusers} | no guidance |")
     try:
         app = find_app(pipe)

@@ -7,6 +7,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from safetensors import safe_open
 
+from diff_instruct.export.original import original_layout
+
 
 def read(file):
     """(weights, metadata) of diffusers' LoRA file."""
@@ -41,3 +43,36 @@ def folded_lora(file):
         other = key.replace(".lora_A.", ".lora_B.")
         state[other] = state[other].float() * (alpha / len(state[key]))
     return state
+
+
+def original_lora(file, network, table):
+    """The weights of diffusers' LoRA file `file` by the original names of a transformer's layers, after ComfyUI's
+    prefix, alpha / rank multiplied in.
+
+    Where layers are one in the original layout, so are their pairs: the rows of their A below each other, and B with
+    a block of columns for each.
+
+    Args:
+        network: of the base.
+        table: of its names, see `original.py`.
+    """
+    state, made = folded_lora(file), {}
+    for original, part in original_layout(network, table).items():
+        pairs = {}
+        for key in part.weights:
+            layer = f"transformer.{key.removesuffix('.weight')}"
+            if f"{layer}.lora_A.weight" in state:
+                pairs[key] = state[f"{layer}.lora_A.weight"].float(), state[f"{layer}.lora_B.weight"].float()
+        if not pairs:
+            continue
+        columns, start, blocks = sum(len(a) for a, _ in pairs.values()), 0, {}
+        for key, weight in part.weights.items():
+            blocks[key] = torch.zeros(len(weight), columns)
+            if key in pairs:
+                a, b = pairs[key]
+                blocks[key][:, start : start + len(a)] = b
+                start += len(a)
+        name = f"diffusion_model.{original.removesuffix('.weight')}"
+        made[f"{name}.lora_A.weight"] = torch.cat([a for a, _ in pairs.values()])
+        made[f"{name}.lora_B.weight"] = part.made_of(blocks)
+    return made

@@ -4,11 +4,54 @@
 from pipeline_one_step import JOINT_ATTENTION, Family, Grid, tokenize
 
 
+ORIGINAL = """
+positional_encoding = pos_embed.pos_embed
+init_x_linear = pos_embed.proj
+cond_seq_linear = context_embedder
+t_embedder.mlp.0 = time_step_proj.linear_1
+t_embedder.mlp.2 = time_step_proj.linear_2
+modF.1 = ~norm_out.linear
+final_linear = proj_out
+double_layers.* = joint_transformer_blocks.*:
+    modX.1 = norm1.linear
+    modC.1 = norm1_context.linear
+    attn.w2q = attn.to_q
+    attn.w2k = attn.to_k
+    attn.w2v = attn.to_v
+    attn.w2o = attn.to_out.0
+    attn.w1q = attn.add_q_proj
+    attn.w1k = attn.add_k_proj
+    attn.w1v = attn.add_v_proj
+    attn.w1o = attn.to_add_out
+    mlpX.c_fc1 = ff.linear_1
+    mlpX.c_fc2 = ff.linear_2
+    mlpX.c_proj = ff.out_projection
+    mlpC.c_fc1 = ff_context.linear_1
+    mlpC.c_fc2 = ff_context.linear_2
+    mlpC.c_proj = ff_context.out_projection
+single_layers.* = single_transformer_blocks.*:
+    modCX.1 = norm1.linear
+    attn.w1q = attn.to_q
+    attn.w1k = attn.to_k
+    attn.w1v = attn.to_v
+    attn.w1o = attn.to_out.0
+    mlp.c_fc1 = ff.linear_1
+    mlp.c_fc2 = ff.linear_2
+    mlp.c_proj = ff.out_projection
+"""  # layers, see `diff_instruct/export/original.py`
+
+
 class AuraFlow(Family):
     """AuraFlow: a transformer over the tokens of image and prompt (T5's states; padding is zero and attended to)."""
 
     name = "AuraFlowPipeline"
     lora_targets = (*JOINT_ATTENTION, "linear_1", "linear_2", "out_projection")
+    apps = {
+        "original": ORIGINAL,
+        "architecture": "aura",
+        "encoder": ("CLIPLoader", "stable_diffusion", "{name}_text_encoder.safetensors"),
+        "vae": "sdxl_vae.safetensors",
+    }
     max_sequence_length = 256
     conditions = {"encoder_hidden_states": "prompt_embeds"}
 

@@ -16,7 +16,18 @@ class Chroma(Flux):
     """Chroma: FLUX.1 without CLIP and guidance as an input, whose attention knows T5's padding."""
 
     name = "ChromaPipeline"
-    apps = None
+    apps = {
+        **Flux.apps,
+        "original": Flux.apps["original"]
+        + """
+distilled_guidance_layer.norms.*.scale = distilled_guidance_layer.norms.*.weight
+distilled_guidance_layer.layers.* = distilled_guidance_layer.layers.*:
+    in_layer = linear_1
+    out_layer = linear_2
+""",
+        "encoder": ("CLIPLoader", "chroma", "t5xxl_fp16.safetensors"),
+        "stable_diffusion_cpp": "--t5xxl t5xxl_fp16.safetensors --vae ae.safetensors",
+    }
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}

@@ -21,7 +21,13 @@ class ErnieImage(Flux2Klein):
     lora_targets = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2")
     max_sequence_length = None
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
-    apps = None
+    apps = {
+        "original": "",
+        "encoder": ("CLIPLoader", "flux2", "ministral-3-3b.safetensors"),
+        "latent": "EmptyFlux2LatentImage",
+        "vae": "flux2-vae.safetensors",
+        "stable_diffusion_cpp": "--llm ministral-3-3b.safetensors --vae flux2-vae.safetensors",
+    }
 
     @staticmethod
     def encode_prompt(pipe, prompt):

@@ -50,7 +50,7 @@ class Flux2Klein(Family):
     )
     apps = {
         "original": ORIGINAL,
-        "architecture": "flux2",
+        "architecture": "flux",
         "encoder": ("CLIPLoader", "flux2", "qwen_3_4b.safetensors"),
         "latent": "EmptyFlux2LatentImage",
         "vae": "flux2-vae.safetensors",

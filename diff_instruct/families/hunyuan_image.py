@@ -17,6 +17,53 @@ from pipeline_one_step import (
 )
 
 
+ORIGINAL = """
+img_in.proj = x_embedder.proj
+txt_in.input_embedder = context_embedder.proj_in
+txt_in.t_embedder.in_layer = context_embedder.time_text_embed.timestep_embedder.linear_1
+txt_in.t_embedder.out_layer = context_embedder.time_text_embed.timestep_embedder.linear_2
+txt_in.c_embedder.in_layer = context_embedder.time_text_embed.text_embedder.linear_1
+txt_in.c_embedder.out_layer = context_embedder.time_text_embed.text_embedder.linear_2
+byt5_in.layernorm = context_embedder_2.norm
+byt5_in.fc1 = context_embedder_2.linear_1
+byt5_in.fc2 = context_embedder_2.linear_2
+byt5_in.fc3 = context_embedder_2.linear_3
+time_in.in_layer = time_guidance_embed.timestep_embedder.linear_1
+time_in.out_layer = time_guidance_embed.timestep_embedder.linear_2
+final_layer.adaLN_modulation.1 = ~norm_out.linear
+final_layer.linear = proj_out
+txt_in.individual_token_refiner.blocks.* = context_embedder.token_refiner.refiner_blocks.*:
+    norm1 = norm1
+    norm2 = norm2
+    self_attn.qkv = attn.to_q attn.to_k attn.to_v
+    self_attn.proj = attn.to_out.0
+    mlp.0 = ff.net.0.proj
+    mlp.2 = ff.net.2
+    adaLN_modulation.1 = norm_out.linear
+double_blocks.* = transformer_blocks.*:
+    img_mod.lin = norm1.linear
+    img_attn.qkv = attn.to_q attn.to_k attn.to_v
+    img_attn.proj = attn.to_out.0
+    img_attn.norm.query_norm = attn.norm_q
+    img_attn.norm.key_norm = attn.norm_k
+    img_mlp.0 = ff.net.0.proj
+    img_mlp.2 = ff.net.2
+    txt_mod.lin = norm1_context.linear
+    txt_attn.qkv = attn.add_q_proj attn.add_k_proj attn.add_v_proj
+    txt_attn.proj = attn.to_add_out
+    txt_attn.norm.query_norm = attn.norm_added_q
+    txt_attn.norm.key_norm = attn.norm_added_k
+    txt_mlp.0 = ff_context.net.0.proj
+    txt_mlp.2 = ff_context.net.2
+single_blocks.* = single_transformer_blocks.*:
+    modulation.lin = norm.linear
+    linear1 = attn.to_q attn.to_k attn.to_v proj_mlp
+    linear2 = proj_out
+    norm.query_norm = attn.norm_q
+    norm.key_norm = attn.norm_k
+"""  # layers as ComfyUI calls them, see `diff_instruct/export/original.py`
+
+
 class HunyuanImage(Family):
     """HunyuanImage 2.1: a transformer over the tokens of image, prompt (Qwen2.5-VL's states) and of the texts that it
     quotes (ByT5's), under masks."""
@@ -27,6 +74,18 @@ class HunyuanImage(Family):
         (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
         r"single_transformer_blocks\.\d+\.proj_out",
     )
+    apps = {
+        "original": ORIGINAL,
+        "architecture": "hyvid",
+        "encoder": (
+            "DualCLIPLoader",
+            "hunyuan_image",
+            "qwen_2.5_vl_7b.safetensors",
+            "byt5_small_glyphxl_fp16.safetensors",
+        ),
+        "latent": "EmptyHunyuanImageLatent",
+        "vae": "hunyuan_image_2.1_vae_fp16.safetensors",
+    }
     max_sequence_length = 1000
     conditions = {
         "encoder_hidden_states": "prompt_embeds",

@@ -3,32 +3,29 @@
 
 import torch
 
-from pipeline_one_step import (
-    CONTEXT_FEED_FORWARD,
-    FEED_FORWARD,
-    JOINT_ATTENTION,
-    Family,
-    Grid,
-    device_of,
-    layers,
-    pack,
-    positions,
-    unpack,
-)
+from diff_instruct.families.flux import Flux
+from pipeline_one_step import device_of, pack, positions, unpack
 
 
-class LongCatImage(Family):
+class LongCatImage(Flux):
     """LongCat-Image: a transformer over the tokens of image and prompt (Qwen2.5-VL's states of a chat, of the prompt
     alone, padding included); what is quoted in a prompt is read letter by letter."""
 
     name = "LongCatImagePipeline"
     unused = ("text_processor",)  # for a language model that rewrites prompts
     options = {"enable_prompt_rewrite": False, "enable_cfg_renorm": False}
-    lora_targets = layers(
-        (*JOINT_ATTENTION, *FEED_FORWARD, *CONTEXT_FEED_FORWARD, "proj_mlp"),
-        r"single_transformer_blocks\.\d+\.proj_out",
-    )
-    max_sequence_length = 512
+    unguided = {"guidance_scale": 1.0}
+    embedded_guidance = None
+    apps = {
+        **Flux.apps,
+        "original": Flux.apps["original"].replace("_norm.scale", "_norm.weight")
+        + """
+time_in.in_layer = time_embed.timestep_embedder.linear_1
+time_in.out_layer = time_embed.timestep_embedder.linear_2
+""",
+        "encoder": ("CLIPLoader", "longcat_image", "qwen_2.5_vl_7b.safetensors"),
+        "stable_diffusion_cpp": "--llm qwen_2.5_vl_7b.safetensors --vae ae.safetensors",
+    }
     conditions = {"encoder_hidden_states": "prompt_embeds"}
     before = (  # what the model was trained with
         "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image "
@@ -71,17 +68,9 @@ class LongCatImage(Family):
         return unpack(output[0], x_t.shape)
 
     @staticmethod
-    def grid(network, vae):
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        return Grid(network.in_channels // 4, factor, 2 * factor, 128 * factor)
-
-    @staticmethod
     def guide(alpha, embedded, n):
         return {"guidance_scale": alpha, "negative_prompt": [""] * n}
 
-    tokens = staticmethod(pack)
-    from_tokens = staticmethod(unpack)
-
-    @staticmethod
-    def stock_latents(z, sigma=1.0):
-        return pack(z)
+    @classmethod
+    def stock_arguments(cls, pipe):
+        return super(Flux, cls).stock_arguments(pipe)

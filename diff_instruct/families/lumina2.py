@@ -4,6 +4,48 @@
 from pipeline_one_step import ATTENTION, Family, masked_states
 
 
+ORIGINAL = """
+cap_embedder.0 = time_caption_embed.caption_embedder.0
+cap_embedder.1 = time_caption_embed.caption_embedder.1
+t_embedder.mlp.0 = time_caption_embed.timestep_embedder.linear_1
+t_embedder.mlp.2 = time_caption_embed.timestep_embedder.linear_2
+final_layer.adaLN_modulation.1 = norm_out.linear_1
+final_layer.linear = norm_out.linear_2
+context_refiner.* = context_refiner.*:
+    attention.qkv = attn.to_q attn.to_k attn.to_v
+    attention.q_norm = attn.norm_q
+    attention.k_norm = attn.norm_k
+    attention.out = attn.to_out.0
+    feed_forward.w1 = feed_forward.linear_1
+    feed_forward.w2 = feed_forward.linear_2
+    feed_forward.w3 = feed_forward.linear_3
+    attention_norm1 = norm1
+    attention_norm2 = norm2
+noise_refiner.* = noise_refiner.*:
+    attention.qkv = attn.to_q attn.to_k attn.to_v
+    attention.q_norm = attn.norm_q
+    attention.k_norm = attn.norm_k
+    attention.out = attn.to_out.0
+    feed_forward.w1 = feed_forward.linear_1
+    feed_forward.w2 = feed_forward.linear_2
+    feed_forward.w3 = feed_forward.linear_3
+    attention_norm1 = norm1.norm
+    attention_norm2 = norm2
+    adaLN_modulation.1 = norm1.linear
+layers.* = layers.*:
+    attention.qkv = attn.to_q attn.to_k attn.to_v
+    attention.q_norm = attn.norm_q
+    attention.k_norm = attn.norm_k
+    attention.out = attn.to_out.0
+    feed_forward.w1 = feed_forward.linear_1
+    feed_forward.w2 = feed_forward.linear_2
+    feed_forward.w3 = feed_forward.linear_3
+    attention_norm1 = norm1.norm
+    attention_norm2 = norm2
+    adaLN_modulation.1 = norm1.linear
+"""  # layers, see `diff_instruct/export/original.py`
+
+
 class Lumina2(Family):
     """Lumina-Image 2.0: a transformer over the tokens of image and prompt (Gemma's states); x0 − ε, time runs up."""
 
@@ -16,6 +58,15 @@ class Lumina2(Family):
         "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
         "based on textual prompts or user prompts. <Prompt Start> "
     )
+    apps = {
+        "original": ORIGINAL,
+        "original_lora": True,
+        "architecture": "lumina2",
+        "encoder": ("CLIPLoader", "lumina2", "gemma_2_2b_fp16.safetensors"),
+        "latent": "EmptySD3LatentImage",
+        "vae": "ae.safetensors",
+        "prompt": instruction + "{}",
+    }
 
     @classmethod
     def encode_prompt(cls, pipe, prompt):

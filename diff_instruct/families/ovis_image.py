@@ -18,7 +18,22 @@ class OvisImage(Flux):
     without those of the instruction; padding is zero and attended to)."""
 
     name = "OvisImagePipeline"
-    apps = None
+    apps = {
+        **Flux.apps,
+        "original": Flux.apps["original"].replace("_norm.scale", "_norm.weight")
+        + """
+time_in.in_layer = timestep_embedder.linear_1
+time_in.out_layer = timestep_embedder.linear_2
+txt_norm = context_embedder_norm
+double_blocks.* = transformer_blocks.*:
+    img_mlp.up_proj img_mlp.gate_proj = ff.net.0.proj
+    img_mlp.down_proj = ff.net.2
+    txt_mlp.up_proj txt_mlp.gate_proj = ff_context.net.0.proj
+    txt_mlp.down_proj = ff_context.net.2
+""",
+        "encoder": ("CLIPLoader", "ovis", "ovis_2.5.safetensors"),
+        "stable_diffusion_cpp": "--llm ovis_2.5.safetensors --vae ae.safetensors",
+    }
     unused = ()
     unguided = {"guidance_scale": 1.0}
     embedded_guidance = None

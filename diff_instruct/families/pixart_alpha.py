@@ -6,6 +6,18 @@ import torch
 from pipeline_one_step import Family, device_of
 
 
+SIZES = {  # embedders of the size, which the model of 512 pixels lacks; by them ComfyUI tells PixArt-α from PixArt-Σ
+    f"adaln_single.emb.{name}_embedder.linear_{i}.{kind}": shape
+    for name in ("resolution", "aspect_ratio")
+    for i, kind, shape in (
+        (1, "weight", (384, 256)),
+        (1, "bias", (384,)),
+        (2, "weight", (384, 384)),
+        (2, "bias", (384,)),
+    )
+}
+
+
 class PixArtAlpha(Family):
     """PixArt-α: a transformer with learned sigma that attends to T5's states, under their mask."""
 
@@ -13,7 +25,11 @@ class PixArtAlpha(Family):
     flow = False
     timestep = 400  # σ/α = 2.0, as in DMD
     options = {"use_resolution_binning": False, "clean_caption": False}  # they change the size and the prompt
-    apps = {"betas": ("linear", 0.0001, 0.02), "encoder": ("CLIPLoader", "pixart", "t5xxl_fp16.safetensors")}
+    apps = {
+        "betas": ("linear", 0.0001, 0.02),
+        "encoder": ("CLIPLoader", "pixart", "t5xxl_fp16.safetensors"),
+        "zeros": SIZES,
+    }
     max_sequence_length = 120
     conditions = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
 

@@ -8,6 +8,7 @@ class PixArtSigma(PixArtAlpha):
     """PixArt-Σ: PixArt-α that reads 300 tokens, and is never told the size."""
 
     name = "PixArtSigmaPipeline"
+    apps = {**PixArtAlpha.apps, "zeros": {}}
     max_sequence_length = 300
 
     @staticmethod
