@@ -72,7 +72,7 @@ def check_args(args):
         raise Mistake("--push_to_hub needs --export_space: the folder that is uploaded")
     if args.model is None:
         args.model = f"{POCKET / 'generator'},base={POCKET / 'reference'}"
-        args.before = args.before or f"{POCKET / 'reference'},timestep=625"
+        args.before = args.before or f"{POCKET / 'reference'},timestep=400"
         args.reward, args.heldout_reward = args.reward or ["pocket"], args.heldout_reward or ["pocket_heldout"]
         args.examples = EXAMPLES if args.examples is None else args.examples
     args.reward, args.heldout_reward = args.reward or [], args.heldout_reward or []

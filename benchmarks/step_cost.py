@@ -171,6 +171,7 @@ def main():
         options = ["--max_train_steps", str(ours.iterations + 2), "--output_dir", folder + "/out"]
         options += "--overwrite_output_dir --ta_warmup_steps 0 --validation_steps 0 --checkpointing_steps 0".split()
         options += "--report_to none --num_eval_prompts 2 --num_eval_images 2 --cfg_interval 0 1".split()
+        options += ["--no-reuse_generated"]
         options += ["--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"), "--max_train_samples", "8"]
         if ours.model != "pocket":
             source = ROOT / "benchmarks" / "architectures" / ARCHITECTURES[ours.model]

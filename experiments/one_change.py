@@ -32,7 +32,7 @@ QUESTIONS = {
         "4.5 at all levels": runs.setting(4.5, 10),
         "4.5 at the upper half": runs.setting(4.5, 10, "0.5 1"),
     },
-    "weighting": {f"`{name}`": changed("" if name == "dmd" else f"--weighting {name}") for name in WEIGHTINGS},
+    "weighting": {f"`{name}`": changed("" if name == "x0" else f"--weighting {name}") for name in WEIGHTINGS},
     "balanced": {f"`{name}`": f"{BALANCED} --weighting {name}" for name in WEIGHTINGS},
     "reward": {
         "α_rew 0": runs.setting(4.5, 0, "0 0.5"),

@@ -41,8 +41,9 @@ def parser(description):
 
 
 def setting(cfg_scale, reward_scale, cfg_interval="0 1", changes=""):
-    """The arguments of (α_cfg, α_rew), guided at all noise levels, as in the papers, unless said otherwise."""
-    guided = f" --cfg_interval {cfg_interval}" if cfg_scale != 1 else ""  # α_cfg 1 is no guidance
+    """The arguments of (α_cfg, α_rew), guided at all noise levels, as in the papers, unless said otherwise; None: at
+    the pocket's own."""
+    guided = f" --cfg_interval {cfg_interval}" if cfg_scale != 1 and cfg_interval else ""  # α_cfg 1 is no guidance
     return f"--cfg_scale {cfg_scale} --reward_scale {reward_scale}{guided} {changes}".rstrip()
 
 

@@ -1,61 +1,81 @@
-"""A start that keeps the reference's variety, on the pocket reference: `python experiments/start_from_pairs.py`.
+"""The first command, and what trades its truth for variety: `python experiments/start_from_pairs.py`.
 
-A one-step generator learns 3,072 pairs (z, x0) of the reference's own sampler for 400 steps, at t* = 400, and is then
-aligned with the first command's settings, with and without an anchor on these pairs. Beside it the committed
-generator, 600 steps of Diff-Instruct at t* = 625, and its alignment. Judged as in `pocket_judge`. Writes
-`start_from_pairs.md`.
+The pocket's generator has learnt pairs of the reference's own (`pocket.build`), so it draws what the reference draws
+from the same noise. How much of that variety does alignment leave, and at what truth? The first command, with as many
+seeds as asked for; with one seed each: other strengths of the reward, an anchor on such pairs, and the pocket's
+presets of SIM and DI*. All with the first command's number of steps, judged as in `pocket_judge`. Writes
+`start_from_pairs.md` and `start_from_pairs.png`, truth against diversity.
 """
 
 import time
+from argparse import Namespace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pocket_runs as runs
 import pocket_tables as tables
-from pocket_judge import Judge, one_step, stacked
+from pocket_judge import METRICS, Judge, one_step, stacked
 
+from diff_instruct.training.arguments import pocket_defaults
 from pocket.build import BEST_GUIDANCE
 
 
-OF_PAIRS = f"--num_pairs 3072 --pair_sampler_steps 12 --pair_cfg_scale {BEST_GUIDANCE}"
-START = (
-    "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
-    "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout pocket_truth "
-    f"--timestep 400 --pair_steps 400 {OF_PAIRS} --max_train_steps 0 --train_batch_size 32 --learning_rate 2e-4 "
-    "--adam_beta1 0.9 --adam_beta2 0.99 --lr_scheduler linear --checkpointing_steps 100 --checkpoints_total_limit 1"
-)
-ANCHORS = (0, 2)
+STEPS = pocket_defaults(None)[0]["max_train_steps"]
+OF_PAIRS = f"--num_pairs 1024 --pair_sampler_steps 12 --pair_cfg_scale {BEST_GUIDANCE}"
+FIRST = {"the first command": runs.setting(4.5, 10, None)}
+ANCHORS = (1,)
+REWARDS = (1, 30)
 
 
-def settings_of(start):
-    """{label: arguments} of the alignments, the committed generator's first."""
-    of_pairs = f"--pretrained_generator_name_or_path {start}"
-    anchored = f"{OF_PAIRS} --pair_folder {start / 'pairs'}"
-    return {"committed, aligned": runs.setting(4.5, 10, "0 0.5")} | {
-        f"pairs, aligned, anchor {a}": runs.setting(
-            4.5, 10, "0 0.5", f"{of_pairs} --anchor_scale {a} {anchored}" if a else of_pairs
-        )
-        for a in ANCHORS
+def variants(pairs):
+    """{label: arguments} of what is changed, `pairs` the folder of the anchor's."""
+    anchored = {a: f"--anchor_scale {a} {OF_PAIRS} --pair_folder {pairs}" for a in ANCHORS}
+    return {
+        **{f"α_rew {r}": runs.setting(4.5, r, None) for r in REWARDS},
+        **{f"anchor {a}": runs.setting(4.5, 10, None, changes) for a, changes in anchored.items()},
+        "SIM, the pocket's preset": "--preset sim",
+        "DI*, the pocket's preset": "--preset di*",
     }
+
+
+def picture(scores, file):
+    """Truth against diversity: a point for each seed."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    for label, values in scores.items():
+        x, y = (values[k].flatten(1).nanmean(dim=1) for k in ("diversity", "truth"))
+        axis.scatter(x, y, s=30)
+        axis.annotate(label, (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="diversity within a prompt", ylabel=METRICS["truth"])
+    axis.margins(x=0.15, y=0.1)
+    axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
 
 
 def main():
-    started, args = time.time(), runs.parser(__doc__).parse_args()
+    parser = runs.parser(__doc__)
+    parser.set_defaults(max_train_steps=STEPS)
+    started, args = time.time(), parser.parse_args()
     args.work_dir = str(Path(args.work_dir).resolve())
-    start = Path(args.work_dir) / "pretrained" / "pairs"
-    runs.train_in({start: START}, args.at_once)
-    settings = settings_of(start)
-    runs.train(settings, args)
-    judge = Judge(args.work_dir)
+    changed = variants(Path(args.work_dir) / "pairs")
+    runs.train(FIRST, args)
+    for label, arguments in changed.items():  # one after the other, as they share the folder of pairs
+        runs.train({label: arguments}, Namespace(**vars(args) | {"seeds": 1}))
+    judge, work_dir = Judge(args.work_dir), Path(args.work_dir)
     scores = {
-        "reference, 25 steps": [judge(Path(args.work_dir) / "reference-25.safetensors", judge.reference(25, 2.0))],
-        "committed": [judge(Path(args.work_dir) / "before.safetensors", one_step(judge.before))],
-        "pairs": judge.runs([start]),
+        "reference, 25 steps": [
+            judge(work_dir / f"reference-25-{BEST_GUIDANCE}.safetensors", judge.reference(25, BEST_GUIDANCE))
+        ],
+        "before": [judge(work_dir / "before.safetensors", one_step(judge.before))],
     }
+    settings = FIRST | changed
     scores |= {label: judge.runs(runs.finished(arguments, args)) for label, arguments in settings.items()}
     scores = {label: stacked(rows) for label, rows in scores.items()}
-    parts = [tables.means(scores), tables.spreads(scores), tables.provenance(settings, args, started)]
+    parts = [tables.means(scores), tables.gains(scores, settings), tables.spreads(scores)]
+    parts.append(tables.provenance(settings, args, started))
     text = "\n\n".join(filter(None, parts))
     Path(__file__).with_suffix(".md").write_text(text + "\n")
+    picture(scores, Path(__file__).with_suffix(".png"))
     print(text)
 
 

@@ -1,9 +1,9 @@
 """The timestep t* at which the generator looks, on the pocket reference: `python experiments/timesteps.py`.
 
-One-step generators are pretrained at t* = 400 and 625 of 1,000 by the command of the committed one, for 200 steps
-instead of 600, one seed each. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise
-levels and at all of them. Does an earlier t* keep more diversity, and does it bear guidance at all levels? Judged as
-in `pocket_judge`. Writes `timesteps.md` beside this file.
+One-step generators are distilled at t* = 400 and 625 of 1,000 without reward, as version 0.1 made its committed one,
+for 200 steps instead of 600, one seed each. Each is aligned with (α_cfg, α_rew) = (4.5, 10), guided at the lower half
+of the noise levels and at all of them. Does an earlier t* keep more diversity, and does it bear guidance at all
+levels? Judged as in `pocket_judge`. Writes `timesteps.md` beside this file.
 """
 
 import time
@@ -13,11 +13,16 @@ import pocket_runs as runs
 import pocket_tables as tables
 from pocket_judge import Judge, stacked
 
-from pocket.build import GENERATOR_COMMAND
+from pocket.build import BEST_GUIDANCE
 
 
 TIMESTEPS = (400, 625)
-PRETRAIN = f"{GENERATOR_COMMAND} --pretrain_steps 200 --checkpoints_total_limit 1"
+PRETRAIN = (
+    "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
+    "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout pocket_truth "
+    f"--pretrain_steps 200 --max_train_steps 0 --pretrain_cfg_scale {BEST_GUIDANCE} --train_batch_size 32 "
+    "--learning_rate 2e-4 --validation_steps 200 --checkpointing_steps 100 --checkpoints_total_limit 1"
+)
 GUIDED = {"4.5 at the lower half": "0 0.5", "4.5 at all levels": "0 1"}
 
 

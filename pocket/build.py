@@ -37,8 +37,9 @@ BEST_GUIDANCE = 2.0  # of `GUIDANCE`, by the table that `measure` writes
 GENERATOR_COMMAND = (
     "--pretrained_model_name_or_path pocket/reference --train_prompts pocket/prompts_train.txt "
     "--eval_prompts pocket/prompts_heldout.txt --reward pocket --heldout_reward pocket_heldout pocket_truth "
-    f"--timestep 625 --pretrain_steps 600 --max_train_steps 0 --pretrain_cfg_scale {BEST_GUIDANCE} "
-    "--train_batch_size 32 --learning_rate 2e-4 --validation_steps 200 --checkpointing_steps 100"
+    f"--timestep 400 --pair_steps 700 --num_pairs 4096 --pair_sampler_steps 12 --pair_cfg_scale {BEST_GUIDANCE} "
+    "--max_train_steps 0 --train_batch_size 32 --learning_rate 2e-4 --lr_scheduler linear "
+    "--adam_beta1 0.9 --adam_beta2 0.99 --mixed_precision bf16 --checkpointing_steps 100 --checkpoints_total_limit 1"
 )
 
 
@@ -133,7 +134,7 @@ def export_stage(work_dir, accelerator):
 
 
 def generator_stage(work_dir, accelerator):
-    """`pocket/generator`: the one-step generator that this project's own pretrain stage distils from the reference."""
+    """`pocket/generator`: the one-step generator that learns pairs of the reference's own (`--pair_steps`)."""
     out = Path(work_dir) / "generator"
     command = [
         "accelerate", "launch", "train_diff_instruct_pp.py", "--output_dir", str(out), *GENERATOR_COMMAND.split()

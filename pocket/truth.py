@@ -52,19 +52,22 @@ def colours(pixels, far=0.25, least_chroma=0.15):
 
 
 @torch.no_grad()
-def nouns(scorer, pixels, meanings):
-    """Indices into NOUNS, (B,): which of them the scorer ranks first for each of B pictures and `Meaning`s."""
-    features, ranked, texts = scorer.image_features(pixels), [], {}
+def nouns(scorer, pixels, meanings, texts=None):
+    """Indices into NOUNS, (B,): which of them the scorer ranks first for each of B pictures and `Meaning`s.
+
+    `texts` keeps the features of all nouns in each colour and on each background for later calls.
+    """
+    features, ranked, texts = scorer.image_features(pixels), [], {} if texts is None else texts
     for feature, m in zip(features, meanings):
         key = (m.colour, m.background)
         if key not in texts:
             texts[key] = scorer.text_features([caption(noun, *key) for noun in NOUNS])
-        ranked.append((texts[key] @ feature).argmax())
+        ranked.append((texts[key].to(feature) @ feature).argmax())
     return torch.stack(ranked)
 
 
-def measure(pixels, meanings, scorer):
-    """Whether B pictures, pixels (B, 3, H, W) in [0, 1], show what their `Meaning`s say.
+def measure(pixels, meanings, scorer, texts=None):
+    """Whether B pictures, pixels (B, 3, H, W) in [0, 1], show what their `Meaning`s say; `texts` as in `nouns`.
 
     Returns:
         `dict` of float (B,) tensors, 1 or 0: `background`, `colour` (NaN where none is said) and `noun`.
@@ -72,7 +75,7 @@ def measure(pixels, meanings, scorer):
     shown = {
         "background": [list(BACKGROUNDS)[k] for k in backgrounds(pixels)],
         "colour": [[*HUES, None][k] for k in colours(pixels)],
-        "noun": [list(NOUNS)[k] for k in nouns(scorer, pixels, meanings)],
+        "noun": [list(NOUNS)[k] for k in nouns(scorer, pixels, meanings, texts)],
     }
     result = {}
     for what, values in shown.items():

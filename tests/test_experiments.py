@@ -1,6 +1,7 @@
 """The tables of `experiments/`, and that every run they ask for is one that the script accepts."""
 
 import importlib.util
+import json
 import sys
 import time
 from argparse import Namespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from diff_instruct.training.arguments import parse_args
+from pocket import build
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,7 @@ import timesteps  # noqa: E402
 
 AT_625 = timesteps.settings_of(625, Namespace(work_dir="runs"))
 EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTIONS.values(), AT_625]
-EXPERIMENTS.append(start_from_pairs.settings_of(Path("runs/pretrained/pairs")))
+EXPERIMENTS.append(start_from_pairs.FIRST | start_from_pairs.variants("runs/pairs"))
 
 
 def test_settings_are_arguments_and_differ(tmp_path):
@@ -44,20 +46,26 @@ def test_settings_are_arguments_and_differ(tmp_path):
     assert len({runs.folder_of(arguments, folders, 0) for arguments in every}) == len(every)
 
 
-def test_timesteps_start_as_the_committed_generator_but_at_another(monkeypatch):
+def test_generators_of_other_timesteps_are_distilled_and_that_of_pairs_is_not(monkeypatch):
     monkeypatch.chdir(ROOT)
-    stated, ours = (
-        vars(parse_args([*command.split(), "--output_dir", "runs"]))
-        for command in (timesteps.GENERATOR_COMMAND, f"{timesteps.PRETRAIN} --timestep 400")
+    distilled, committed = (
+        parse_args([*command.split(), "--output_dir", "runs"])
+        for command in (f"{timesteps.PRETRAIN} --timestep 400", build.GENERATOR_COMMAND)
     )
-    changed = {k for k in stated if stated[k] != ours[k]}
-    assert changed == {"timestep", "pretrain_steps", "checkpoints_total_limit"}
+    assert (distilled.pair_steps, distilled.pretrain_steps, distilled.timestep) == (0, 200, [400])
+    assert committed.pair_steps > 0 and committed.pretrain_steps == 0
+    assert distilled.max_train_steps == committed.max_train_steps == 0
+    index = json.loads((ROOT / "pocket" / "generator" / "model_index.json").read_text())
+    assert committed.timestep == [index["timestep"]]
 
 
-def test_the_start_from_pairs_has_no_steps_of_algorithm_1(monkeypatch):
+def test_the_first_command_is_among_its_variants(monkeypatch):
+    """With other seeds and validations only: its figures are those of the README."""
     monkeypatch.chdir(ROOT)
-    args = parse_args([*start_from_pairs.START.split(), "--output_dir", "runs"])
-    assert (args.pair_steps, args.pretrain_steps, args.max_train_steps, args.timestep) == (400, 0, 0, [400])
+    (arguments,) = start_from_pairs.FIRST.values()
+    readme = ["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", "runs"]
+    bare, ours = vars(parse_args(readme)), vars(parse_args([*readme, *arguments.split()]))
+    assert ours == bare and start_from_pairs.STEPS == bare["max_train_steps"]
 
 
 def test_norms_of_each_divergence_are_printed(monkeypatch, capsys):
@@ -71,7 +79,7 @@ def test_norms_of_each_divergence_are_printed(monkeypatch, capsys):
 
 def test_one_run_serves_all_who_ask_for_it():
     q = one_change.QUESTIONS
-    assert q["suspects"]["at the lower half"] == five_methods.SETTINGS["DI++"] == q["weighting"]["`dmd`"]
+    assert q["suspects"]["at the lower half"] == five_methods.SETTINGS["DI++"] == q["weighting"]["`x0`"]
     assert five_settings.SETTINGS["(1, 0)"] == five_methods.SETTINGS["DI"]
 
 

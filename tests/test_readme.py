@@ -308,7 +308,7 @@ def test_the_bare_command_uses_the_pocket_reference(tmp_path):
     args = parse_args(["--reward_scale", "10", "--cfg_scale", "4.5", "--output_dir", str(tmp_path)])
     assert (args.reward, args.heldout_reward) == (["pocket"], ["pocket_heldout", "pocket_truth"])
     assert args.num_eval_prompts * args.num_eval_images >= 256
-    assert models_of(args).timestep == 625
+    assert models_of(args).timestep == 400
 
 
 def test_ones_own_prompts_replace_the_pocket_s(tmp_path):

@@ -18,7 +18,7 @@ class PocketTruth(Scorer):
 
     def __init__(self, scorer):
         super().__init__("pocket_truth", scorer.tokenizer, scorer.max_length)
-        self.scorer = scorer
+        self.scorer, self.texts = scorer, {}
 
     @classmethod
     def from_pretrained(cls, path, cache_dir=None):
@@ -44,7 +44,7 @@ class PocketTruth(Scorer):
             meanings = meanings_of(prompts)
         except ValueError as error:
             raise Mistake(f"reward `pocket_truth`: {error}") from error
-        return measure(pixels.float().clamp(0, 1), meanings, self.scorer)
+        return measure(pixels.float().clamp(0, 1), meanings, self.scorer, self.texts)
 
     @torch.no_grad()
     def forward(self, pixels, prompts):

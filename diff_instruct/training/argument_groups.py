@@ -259,7 +259,7 @@ def add_algorithm_arguments(parser):
         "--ta_warmup_steps", type=natural, default=0, help="steps of the teaching assistant before the first one"
     )
     g.add_argument(
-        "--reuse_generated", action="store_true",
+        "--reuse_generated", action=BooleanOptionalAction, default=False,
         help="the generator's step takes the pictures on which the teaching assistant has learnt in the same "
         "iteration: a pass less, and their graph is held meanwhile",
     )  # fmt: skip

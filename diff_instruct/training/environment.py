@@ -33,7 +33,7 @@ def check_engine(args):
     if args.use_8bit_adam:
         raise Mistake("--use_8bit_adam does not work with FSDP2, which divides the optimizer's state: leave it out")
     if args.reuse_generated:
-        raise Mistake("--reuse_generated does not work with FSDP2, which gathers weights for one pass: leave it out")
+        raise Mistake("FSDP2 gathers weights for one pass, and so needs --no-reuse_generated")
     if args.offload_ema:
         raise Mistake("--offload_ema does not work with FSDP2, which divides the average: leave it out")
 

@@ -19,7 +19,7 @@ PANELS = {
     "reward (training batch)": ["reward", "reward_*"],
     "judged on held-out prompts": ["val_reward", "val_reward_*", "val_heldout", "val_heldout_*"],
     "diversity within a prompt": ["val_diversity"],
-    "loss of the teaching assistant": ["ta_loss"],
+    "losses of the teaching assistant and of pairs": ["ta_loss", "pair_loss"],
     "gradient at x0, norm per sample": ["norm_reward", "norm_divergence", "norm_cfg"],
     "x0": ["x0_mean", "x0_std"],
 }
