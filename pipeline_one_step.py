@@ -347,7 +347,7 @@ class OneStepPipeline(DiffusionPipeline):
         """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
         return self.schedule.x0(self.denoise(network, x_t, t, c), x_t, t)
 
-    def generate(self, network, z, c, noise=(), step=None, on_step_end=lambda i, latents: latents):
+    def generate(self, network, z, c, noise=(), step=None, on_step_end=lambda i, latents: latents, all_steps=False):
         """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this.
 
         Of several steps only the one that gives a sample's x0 has a gradient.
@@ -361,6 +361,8 @@ class OneStepPipeline(DiffusionPipeline):
                 training on all of them; the last one by default.
             on_step_end (*optional*): `on_step_end(i, latents)` gives the latents to go on with after step i: x_t of
                 the next step, and x0 after the last.
+            all_steps: also compute steps that no sample of the batch goes as far as, with no effect: processes that
+                hold one network together must take equally many.
 
         Raises:
             ValueError: if there is not one `noise` for each further step.
@@ -372,7 +374,8 @@ class OneStepPipeline(DiffusionPipeline):
         step = torch.full_like(t, further) if step is None else step
         if self.config.input_noise == "scaled":
             x_t = self.schedule(t)[1] * z
-        for i in range(1, len(self.timesteps)):  # a sample that has reached its step stays where it is
+        last = further if all_steps or not further else int(step.max())
+        for i in range(1, last + 1):  # a sample that has reached its step stays where it is
             with torch.no_grad():
                 x0 = self.estimate(network, x_t, t, c)
             t = torch.where(step >= i, self.timesteps[i], t)

@@ -1,10 +1,13 @@
 """Generators of several steps: what is trained, exported and run in the stock pipeline is one and the same."""
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from diff_instruct.export.card import stock_call
@@ -17,7 +20,9 @@ from tests.runs import history, load, run, same, watch_actors, watch_export, wei
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sd2, tiny_sdxl
 
 
+ROOT = Path(__file__).resolve().parents[1]
 PREPARE = {"pixart": tiny_pixart, "sd": tiny_sd, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -173,6 +178,27 @@ def test_each_sample_returns_its_own_step(pipe):
     assert torch.equal(last[step == 2], mixed[step == 2]) and not torch.equal(last[step < 2], mixed[step < 2])
 
 
+def test_a_drawn_step_is_exact_in_expectation(pipe):
+    """E_k ∇L(x0 of step k), k uniform, is the gradient of the mean over all n states, each with the states before it
+    held fixed; and a batch takes no step that none of its samples goes as far as."""
+    z, noise = draws(3, b=1)
+    c, network, calls = pipe.encode_prompt(PROMPTS[:1]), pipe.transformer, []
+    handle = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    parameters, target = list(network.parameters()), draws(1, b=1, seed=3)[0]
+
+    def gradient(step, z, c, noise):
+        loss = (pipe.generate(network, z, c, noise, step) - target).square().sum() / len(step)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    mean = sum(gradient(torch.tensor([k]), z, c, noise) for k in range(3)) / 3
+    handle.remove()
+    z, *noise = (v.expand(3, *v.shape[1:]) for v in (z, *noise))
+    whole = gradient(torch.arange(3), z, {k: v.expand(3, *v.shape[1:]) for k, v in c.items()}, noise)
+    torch.testing.assert_close(mean, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    assert len(calls) == 1 + 2 + 3
+
+
 def test_gradient_flows_through_the_own_step_alone(pipe):
     """Against a single evaluation at the inputs that a sample's last step had; the steps before build no graph."""
     z, noise = draws(3)
@@ -321,3 +347,17 @@ def test_forgotten_noise_is_named(pipe):
     z, noise = draws(3)
     with pytest.raises(ValueError, match=r"takes 2 further step\(s\), but has `noise` for 0"):
         pipe.generate(pipe.transformer, z, pipe.encode_prompt(PROMPTS[:3]))
+
+
+def test_published_grids():
+    """Those of docs/methods.md are what diffusers' schedulers make of the published settings."""
+    rows = re.findall(r"^\| (.+) \| (\d+(?: \d+){3,7}) \|$", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    named = {model: [int(t) for t in grid.split()] for model, grid in rows}
+    lightning = EulerDiscreteScheduler(timestep_spacing="trailing")
+    lightning.set_timesteps(4)
+    assert len(rows) == 4 and named.pop(rows[0][0]) == lightning.timesteps.int().tolist()
+    for model, grid in named.items():
+        shift = 1.15 if "e^1.15" in model else math.log(3)
+        flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+        flow.set_timesteps(sigmas=[1 - k / len(grid) for k in range(len(grid))], mu=shift)
+        assert grid == flow.timesteps.round().int().tolist(), model

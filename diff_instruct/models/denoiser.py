@@ -46,7 +46,7 @@ class Denoiser:
     def generate(self, z, c, noise=(), step=None):
         """g_θ(z, c), latents x0 (B, C, H, W): see `OneStepPipeline.generate`."""
         with self.act():
-            return self.pipe.generate(self.network, z, c, noise, step)
+            return self.pipe.generate(self.network, z, c, noise, step, all_steps=is_chosen())
 
     def x0(self, x_t, t, c):
         """x̂0 of s(x_t, t, c), (B, C, H, W)."""
