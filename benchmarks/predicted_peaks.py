@@ -2,7 +2,8 @@
 
 What `--dry_run --memory_gib` says, in GiB, for each architecture and rounding of the base: both LoRA, 8-bit Adam,
 checkpointing, offloads, batch 1, ImageReward in bfloat16, and all other arguments that are given. One row of JSON
-each; a prediction takes from half a minute to several.
+each: at its highest while a step is taken or pictures are drawn, and while prompts are encoded. A prediction takes
+from half a minute to several. With `--into FILE` rows that are in the file are not predicted again.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 from diff_instruct.models.sources import models_of
-from diff_instruct.plan.memory_plan import GIB, peak, plan
+from diff_instruct.plan.memory_plan import GIB, peaks, plan
 from diff_instruct.training.arguments import parse_args
 
 
@@ -28,17 +29,33 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="+", choices=sorted(p.name for p in ARCHITECTURES.iterdir()))
     parser.add_argument("--kinds", nargs="+", default=["none", "int8", "nf4"])
+    parser.add_argument("--into", type=Path)
     ours, rest = parser.parse_known_args()
+    there = ours.into.read_text().splitlines() if ours.into and ours.into.exists() else []
+    known = [{k: row[k] for k in ("model", "base", "with")} for row in map(json.loads, there)]
     for name in ours.architectures:
         for kind in ours.kinds:
-            command = [*SMALL, "--pretrained_model_name_or_path", str(ARCHITECTURES / name), "--base_quantization"]
-            command += [kind, "--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"), *rest]
-            args, start = parse_args(command), time.process_time()
-            models = models_of(args)
-            base = plan(args, models, "bf16")["reference"]["weights"]
-            phase, need = peak(args, models, "bf16")
-            row = {"model": name, "base": kind, "base, GiB": round(base / GIB, 1), "peak, GiB": round(need / GIB, 1)}
-            print(json.dumps(row | {"in": phase, "processor s": round(time.process_time() - start)}), flush=True)
+            row = {"model": name, "base": kind, "with": rest}
+            if row not in known:
+                line = json.dumps(row | predicted(name, kind, rest))
+                print(line, flush=True)
+                if ours.into:
+                    with ours.into.open("a") as file:
+                        file.write(line + "\n")
+
+
+def predicted(name, kind, rest):
+    """The figures of a row."""
+    command = [*SMALL, "--pretrained_model_name_or_path", str(ARCHITECTURES / name), "--base_quantization", kind]
+    command += ["--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"), *rest]
+    args, start = parse_args(command), time.process_time()
+    models = models_of(args)
+    base = plan(args, models, "bf16")["reference"]["weights"]
+    phases = {phase: round(size / GIB, 1) for phase, size in peaks(args, models, "bf16").items()}
+    encoding = phases.pop("encoding of prompts")
+    phase = max(phases, key=phases.get)
+    figures = {"base, GiB": round(base / GIB, 1), "peak, GiB": phases[phase], "in": phase, "encoding, GiB": encoding}
+    return figures | {"processor s": round(time.process_time() - start)}
 
 
 if __name__ == "__main__":

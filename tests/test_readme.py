@@ -40,6 +40,7 @@ NOT_RUN = {  # how a command starts: why it is not run here
     "OMP_NUM_THREADS=1 python benchmarks/rounded_load.py": "writes gigabytes of random weights",
     "OMP_NUM_THREADS=1 python benchmarks/step_cost.py": "takes minutes",
     "python experiments/": "take minutes to hours; tests/test_experiments.py tests them",
+    "python benchmarks/predicted_peaks.py": "plans full-size models, a minute or more each",
     "accelerate launch train_diff_instruct_pp.py --dry_run --memory_gib": "a full-size model",
 }
 
@@ -100,6 +101,9 @@ def shortened(command, model, prompts):
     dropped = {"--dataset_name", "--caption_column", "--variant", "--reward_checkpoint", "--push_to_hub"}
     dropped |= {"--pretrained_model_name_or_path", "--reward", "--heldout_reward"}
     dropped |= {"--resolution", "--embedded_guidance", "--reference_lora"}  # of the model that is named
+    dropped |= {"--pretrained_generator_lora"} | (
+        {"--timestep"} if given.timestep and given.timestep[0] > 999 else set()
+    )
     if generator and not (Path(generator) / "model_index.json").is_file():  # else a command before made it
         dropped.add("--pretrained_generator_name_or_path")
     kept, words = [], shlex.split(command)

@@ -96,8 +96,9 @@ def reward_bytes(args):
     return (2 if args.reward_dtype == "bf16" else 4) * trained + 4 * heldout
 
 
-def peak(args, models, mixed_precision):
-    """(phase that needs most, its bytes): what is held all the time, and what that phase adds at its highest.
+def peaks(args, models, mixed_precision):
+    """Bytes of each phase of a run at its highest: what is held all the time, and what the phase adds. Text encoders
+    that are away come back, beside all else, while prompts are encoded.
 
     Raises:
         Mistake: see `activations`.
@@ -105,8 +106,18 @@ def peak(args, models, mixed_precision):
     rows = plan(args, models, mixed_precision).values()
     held = sum(row["weights"] + row["optimizer"] + row["ema"] for row in rows) + reward_bytes(args)
     phases = activations(args, models, mixed_precision)
+    if args.prompt_cache or args.offload_text_encoder:
+        encoders = [network for name, network in models.networks.items() if name.startswith("text_encoder")]
+        each = 2 if mixed_precision == "bf16" else 4
+        phases["encoding of prompts"] = each * sum(count(network.parameters()) for network in encoders)
+    return {phase: held + more for phase, more in phases.items()}
+
+
+def peak(args, models, mixed_precision):
+    """(phase that needs most, its bytes) of `peaks`."""
+    phases = peaks(args, models, mixed_precision)
     phase = max(phases, key=phases.get)
-    return phase, held + phases[phase]
+    return phase, phases[phase]
 
 
 def table(bytes_by_actor):
