@@ -110,7 +110,7 @@ def test_weights_that_are_no_safetensors_are_refused_before_anything_loads(tiny_
     torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), tmp_path / "generator.bin")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     shutil.copy(tmp_path / "generator.bin", folder / "diffusion_pytorch_model.bin")
-    start = ["--timestep", 400, "--input_noise", "unit", "--pretrained_generator_name_or_path"]
+    start = ["--no-share_base", "--timestep", 400, "--input_noise", "unit", "--pretrained_generator_name_or_path"]
     for options, words in (
         ([*start, tmp_path / "generator.bin"], "reads safetensors, but .*generator.bin is none: save it so"),
         ([*start, folder], "has only diffusion_pytorch_model.bin: save it so"),

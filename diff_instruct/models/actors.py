@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from diff_instruct.models.adapter_start import read_adapters, start_adapters
+from diff_instruct.models.adapter_start import begin
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import is_copy, load_network, load_reference, one_step_pipeline
@@ -19,11 +19,12 @@ from pipeline_one_step import OneStepPipeline
 @dataclass
 class Actors:
     """`stock`: the reference's pipeline; `pipe`: the one that is trained and shipped; `cast`: the [`Denoiser`] of each
-    role, by name."""
+    role, by name; `start`: lines that say how closely the generator starts as what is named."""
 
     stock: DiffusionPipeline
     pipe: OneStepPipeline
     cast: dict
+    start: tuple = ()
 
     @property
     def generator(self):
@@ -82,20 +83,21 @@ def load_bases(models, roles, reference, *rounded):
     return networks
 
 
-def load_actors(models, roles, device, dtype, autocast, args):
+def load_actors(models, roles, device, dtype, autocast, args, afresh=True, is_main=True):
     """Load them, frozen parts in `dtype`, on `device`.
 
     Args:
         models ([`Models`]): where they come from.
         roles: a tuple of [`Role`].
         autocast: the context in which networks run.
+        afresh: whether nothing trained is loaded afterwards.
+        is_main: whether this process shows how far it is.
     """
     rounded = args.base_quantization, device
     stock = load_reference(models, dtype, *rounded)
     networks = load_bases(models, roles, getattr(stock, models.denoiser), *rounded)
     network_of = {role.name: networks[role.base] for role in roles}
-    if models.start is not None:
-        start_adapters(network_of["generator"], "generator", read_adapters(models.start, stock, models.denoiser))
+    start = begin(models, roles, network_of["generator"], stock, device, is_main) if afresh else ()
     pipe = one_step_pipeline(models, stock, network_of["generator"])
     for network in networks.values():
         if args.gradient_checkpointing:
@@ -115,4 +117,4 @@ def load_actors(models, roles, device, dtype, autocast, args):
         if role.trained:
             network_of[role.name].train()
     cast = {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
-    return Actors(stock, pipe, cast)
+    return Actors(stock, pipe, cast, start)

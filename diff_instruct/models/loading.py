@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import lora_layers, merged
-from diff_instruct.models.published import Published, load_rounded, plan_of, rounding_of, shards
+from diff_instruct.models.published import Published, load_rounded, plan_of, published_generator, rounding_of, shards
 from diff_instruct.models.weight_files import generator_weights, options
 from pipeline_one_step import OneStepPipeline
 
@@ -42,8 +42,7 @@ def load_base(models, source, dtype, base_quantization, device):
     if source is models.reference:
         published = Published(shards(source, models.denoiser))
     else:
-        kind, weights = generator_weights(source, models.denoiser)
-        published = Published([weights] if kind == "file" else shards(source, weights.get("subfolder", ""), "plain"))
+        published = published_generator(source, models.denoiser)
     plan = plan_of(published, network) or rounding_of(models, base_quantization)
     return load_rounded(network, plan, published, dtype, device)
 

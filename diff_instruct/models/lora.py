@@ -15,12 +15,13 @@ from diff_instruct.models.published import Stored, stored_state
 from diff_instruct.models.sharding import whole
 
 
+ALL = "all"  # of `--lora_target_modules`: each linear layer and each convolution that is not grouped
 LAYERS = WeakKeyDictionary()  # what `lora_layers` has found, by module
 
 
 def lora_targets(words, family, network):
     """The layers that get adapters, as peft's `target_modules`: those that `--lora_target_modules` names, by the ends
-    of their names or by one regular expression of whole names; by default the family's.
+    of their names or by one regular expression of whole names; "all" of them; by default the family's.
 
     Raises:
         Mistake: for words that name no layer, or something else, too: a block or what else holds layers.
@@ -29,6 +30,8 @@ def lora_targets(words, family, network):
         return family.lora_targets
     modules = dict(network.named_modules())
     layers = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    if words == [ALL]:
+        return tuple(name for name in layers if getattr(modules[name], "groups", 1) == 1)
     one_pattern = len(words) == 1 and not re.fullmatch(r"[\w.]+", words[0])
     for word in words:
         try:
@@ -155,16 +158,21 @@ class Merged:
         return weight if self.layer is None else weight + whole(self.layer.get_delta_weight(self.adapter)).to(weight)
 
 
+def unadapted(network):
+    """The state of the plain network that adapters are in: name to [`Merged`] of the weight alone. Of a rounded one
+    these are the published weights, never what they were rounded to."""
+    if getattr(network, "published", None) is not None:
+        return {k: Merged(v) for k, v in stored_state(network).items()}
+    return {k.replace(".base_layer", ""): Merged(v) for k, v in network.state_dict().items() if ".lora_" not in k}
+
+
 def merged(network, adapter):
     """The state of a plain network of the same class, the adapters, if any, added to its weights: name to [`Merged`].
 
     Nothing is computed before a tensor is asked for, so a network larger than what is free can be written to a file.
-    Of a rounded network these are the published weights, never what they were rounded to.
+    Of a rounded network the weights are those of `unadapted`, as they are published.
     """
-    if getattr(network, "published", None) is not None:
-        state = {k: Merged(v) for k, v in stored_state(network).items()}
-    else:
-        state = {k.replace(".base_layer", ""): Merged(v) for k, v in network.state_dict().items() if ".lora_" not in k}
+    state = unadapted(network)
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):
             key = f"{name}.weight"

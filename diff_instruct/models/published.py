@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from accelerate import init_empty_weights
@@ -75,7 +76,13 @@ class Published:
         return name in self.file_of
 
     def read(self, name):
-        """A tensor as it is in the file."""
+        """A tensor as it is in the file.
+
+        Raises:
+            Mistake: if there is none.
+        """
+        if name not in self:
+            raise Mistake(f"the weights have no {name}: take a model in diffusers' layout")
         with safe_open(self.file_of[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -98,6 +105,32 @@ class Published:
         if f"{name}.{STATE}" in self:
             return DECODE["nf4"](self.parts(name), shape, torch.float32)
         return self.read(name)
+
+
+def published_generator(source, denoiser):
+    """[`Published`] weights of the generator's network at a source.
+
+    Raises:
+        Mistake: if they are no safetensors.
+    """
+    kind, weights = generator_weights(source, denoiser)
+    return Published([weights] if kind == "file" else shards(source, weights.get("subfolder", ""), "plain"))
+
+
+def weight_reader(source, denoiser):
+    """A function of name and shape that reads a weight of the generator's network at a source: from safetensors, and
+    decoded if it is published rounded; or from pickles, which are mapped into memory where they can be, not read."""
+    kind, weights = generator_weights(source, denoiser)
+    files, folder = [weights], None if kind == "file" else weights.get("subfolder", "")
+    if kind == "folder":
+        names = (variants(source, folder) or {}).get(options(source, folder, "plain")["variant"], [])
+        files = [find(source, folder, name) for name in names]
+    if not files or any(str(file).endswith(".safetensors") for file in files):
+        return published_generator(source, denoiser).weight
+    state = {}
+    for file in files:
+        state |= torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    return lambda name, shape: state[name]
 
 
 def is_published_rounded(config):
@@ -159,7 +192,7 @@ def check_rounding(args, models, roles):
     if is_chosen():
         raise Mistake(f"{what} does not work with FSDP2, which divides weights: take data parallelism")
     check_safetensors(models.reference, models.denoiser, "named", what)
-    if models.generator is not None:
+    if models.generator is not None and roles[0].base == roles[0].name:  # so its base is rounded, too
         kind, weights = generator_weights(models.generator, models.denoiser)
         if kind == "folder":
             check_safetensors(models.generator, weights.get("subfolder", ""), "plain", what)
@@ -218,7 +251,7 @@ def load_rounded(network, plan, published, dtype, device="cpu"):
             for part in parts.values():
                 check.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif name not in codes:
-            tensor, owner = published_tensor(published, name), network.get_submodule(where)
+            tensor, owner = published.read(name), network.get_submodule(where)
             if tensor.is_floating_point():
                 tensor = tensor.to(torch.float32 if keep & set(name.split(".")) else dtype)
             tensor = tensor.to(device, copy=True)  # not in the file any longer
@@ -235,15 +268,9 @@ def load_rounded(network, plan, published, dtype, device="cpu"):
     return network.eval()
 
 
-def published_tensor(published, name):
-    if name not in published:
-        raise Mistake(f"the weights have no {name}: take a model in diffusers' layout")
-    return published.read(name)
-
-
 def encoded(published, name, kind, device):
     """The parts of a weight, rounded where it will be."""
-    return ENCODE[kind](published_tensor(published, name).to(device))
+    return ENCODE[kind](published.read(name).to(device))
 
 
 class Stored:

@@ -40,10 +40,10 @@ def roles_of(args, models):
     """The [`Role`]s of a run; the last one is the reference.
 
     TA and surrogate start as the reference: copies, or, with `--ta_lora_rank` and `--surrogate_lora_rank`, adapters on
-    the reference's own weights. With `--lora_rank` a generator that starts as the reference stands on these, too: then
-    one frozen network plays all.
+    the reference's own weights. With `--lora_rank` the generator stands on these, too, whatever it starts as, unless
+    `--no-share_base` gives it a base of its own: then one frozen network plays all.
     """
-    shared = args.lora_rank > 0 and models.generator is None
+    shared = args.lora_rank > 0 and (models.generator is None or args.share_base)
     generator = Role(
         "generator",
         "generator",

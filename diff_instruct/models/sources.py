@@ -157,12 +157,13 @@ def models_of(args):
     others = args.pretrained_generator_name_or_path, args.pretrained_vae_model_name_or_path
     generator, vae = (path and ModelSource(path, variant=args.variant, cache_dir=cache_dir) for path in others)
     asked = args.timestep, args.generator_steps, args.resolution, args.input_noise, args.embedded_guidance
-    lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir)
+    lora = args.reference_lora and Lora.parse(args.reference_lora, cache_dir).here("--reference_lora")
     models = read_models(reference, generator, vae, *asked, lora)
     targets = lora_targets(args.lora_target_modules, models.family, models.networks[models.denoiser])
     models = replace(models, lora_targets=targets, sizes=tuple(sizes_of(args.resolution)))
     if args.pretrained_generator_lora is not None:
         start, network = Lora.parse(args.pretrained_generator_lora, cache_dir), models.networks[models.denoiser]
+        start = start.here("--pretrained_generator_lora")
         if generator is not None:
             raise Mistake("give either --pretrained_generator_name_or_path or --pretrained_generator_lora")
         layers = check_start(start, models.family, network, args.lora_rank)

@@ -1,6 +1,6 @@
 """What a generator starts from: weights of its own, its timesteps, LoRA of the reference; and whether they fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -10,13 +10,20 @@ from peft.utils.save_and_load import load_peft_weights
 
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.configs import read_index
-from diff_instruct.models.weight_files import check_file, generator_weights, misfit, weight_shapes
+from diff_instruct.models.weight_files import (
+    WEIGHT_FILES,
+    check_file,
+    file_on_hub,
+    generator_weights,
+    misfit,
+    weight_shapes,
+)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA weights and their scale: as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), or
-    a folder that peft wrote."""
+    """LoRA weights and their scale: as the stock pipeline's `load_lora_weights` takes them (folder, file, Hub id), one
+    file of several on the Hub (owner/name/file), or a folder that peft wrote."""
 
     path: str
     scale: float = 1.0
@@ -30,6 +37,16 @@ class Lora:
             return cls(path, float(scale), cache_dir) if path else cls(text, cache_dir=cache_dir)
         except ValueError:
             return cls(text, cache_dir=cache_dir)
+
+    def here(self, flag):
+        """The same, its file downloaded if it is named as one on the Hub.
+
+        Raises:
+            Mistake: if it is not there.
+        """
+        if not self.path.endswith(WEIGHT_FILES) or Path(self.path).exists():
+            return self
+        return replace(self, path=file_on_hub(self.path, self.cache_dir, flag))
 
     @property
     def peft_config(self):

@@ -115,6 +115,21 @@ def check_weights(models, say="--variant {}", config_suffices=False):
             check_folder(models.generator, weights.get("subfolder", ""), say, first="plain")
 
 
+def file_on_hub(path, cache_dir, flag):
+    """Where the file owner/name/file of the Hub is, downloaded if it was not.
+
+    Raises:
+        Mistake: if it cannot be had.
+    """
+    owner, *rest = path.split("/", 2)
+    if len(rest) < 2 or owner in ("", ".", ".."):
+        raise Mistake(f"{flag}: there is no file {path}")
+    try:
+        return hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=cache_dir)
+    except OSError as error:
+        raise Mistake(f"{path} can be neither found nor downloaded: {str(error).splitlines()[0]}") from None
+
+
 def generator_weights(source, denoiser):
     """Where the generator's weights are: ("file", path) of one file, or ("folder", arguments of `from_pretrained`).
 
@@ -126,13 +141,7 @@ def generator_weights(source, denoiser):
         if Path(path).is_file():
             check_file(path)
             return "file", path
-        owner, *rest = path.split("/", 2)
-        if len(rest) < 2 or owner in ("", ".", ".."):
-            raise Mistake(f"--pretrained_generator_name_or_path: there is no file {path}")
-        try:
-            return "file", hf_hub_download(f"{owner}/{rest[0]}", rest[1], cache_dir=source.cache_dir)
-        except OSError as error:
-            raise Mistake(f"{path} can be neither found nor downloaded: {str(error).splitlines()[0]}") from None
+        return "file", file_on_hub(path, source.cache_dir, "--pretrained_generator_name_or_path")
     if Path(path).is_dir() and (Path(path) / "config.json").is_file():
         return "folder", {"pretrained_model_name_or_path": path}
     if Path(path).exists() and not (Path(path) / "model_index.json").is_file():

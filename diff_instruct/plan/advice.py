@@ -67,6 +67,11 @@ def levers(args, models):
             has_surrogate(args) and not args.surrogate_lora_rank,
         ),
         Lever("--lora_rank 64", {"lora_rank": 64}, not args.lora_rank),
+        Lever(
+            "--share_base",
+            {"share_base": True},
+            bool(args.lora_rank and models.generator is not None and not args.share_base),
+        ),
         Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable, needs=ranks),
         Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable, needs=ranks),
     )

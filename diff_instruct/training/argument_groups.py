@@ -52,8 +52,8 @@ def add_model_arguments(parser):
     g.add_argument(
         "--pretrained_generator_lora",
         type=text,
-        help="PATH_OR_ID[:SCALE], LoRA of the reference, such as a turbo's, that the generator's adapters start as; "
-        "needs --lora_rank of its rank or more",
+        help="PATH_OR_ID[:SCALE], LoRA of the reference, such as a turbo's (of several files on the Hub: "
+        "owner/name/file), that the generator's adapters start as; needs --lora_rank of its rank or more",
     )
     g.add_argument("--revision", type=text, help="revision of the reference on the Hub")
     g.add_argument(
@@ -349,6 +349,11 @@ def add_optimization_arguments(parser):
     g.add_argument("--lora_rank", type=natural, default=0, help="train the generator as LoRA; 0: all of it")
     g.add_argument("--lora_alpha", type=positive, help="LoRA scale of the generator; default: the rank")
     g.add_argument(
+        "--share_base", action=BooleanOptionalAction, default=True,
+        help="with --lora_rank, the model of --pretrained_generator_name_or_path is taken as the closest LoRA of the "
+        "reference, on whose weights all roles then stand; without, it is taken whole, as a base of its own",
+    )  # fmt: skip
+    g.add_argument(
         "--ta_lora_rank", type=natural, default=0, help="train the TA as LoRA on the reference; 0: a full copy"
     )
     g.add_argument("--ta_lora_alpha", type=positive, help="LoRA scale; default: the rank")
@@ -363,7 +368,7 @@ def add_optimization_arguments(parser):
         type=text,
         nargs="+",
         help="layers that get adapters, as peft has it: ends of their names, or one regular expression of whole "
-        "names; default: the family's",
+        "names; or all; default: the family's",
     )
     g.add_argument(
         "--base_quantization", choices=KINDS, default="none",

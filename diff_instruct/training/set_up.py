@@ -207,7 +207,10 @@ def load(args, accelerator, known, started):
     reward = load_mix(trained_on, device, DTYPES[args.reward_dtype], args.cache_dir, args.reward_mode != "surrogate")
     heldout = load_scorers(reported, device, args.cache_dir)
     roles = roles_of(args, models)
-    actors = load_actors(models, roles, device, dtype, autocast_of(accelerator), args)
+    where = known.checkpoint is None, accelerator.is_main_process
+    actors = load_actors(models, roles, device, dtype, autocast_of(accelerator), args, *where)
+    for line in actors.start:
+        accelerator.print(line)
     decode = actors.pipe.decode  # of the reward's gradient; figures always use the VAE
     if args.reward_decoder:
         decode = TinyDecoder(args.reward_decoder, models.grid.channels, args.cache_dir).to(device)
