@@ -147,6 +147,9 @@ def run_shell(command, model, prompts):
     if any(command.startswith(start) for start in NOT_RUN):
         for script in re.findall(r"\S+\.py\b", command):
             assert (ROOT / script).is_file(), command
+            if not script.startswith(TRAIN):  # its own flags, and those of scripts beside it that it calls
+                beside = "".join(file.read_text() for file in (ROOT / script).parent.glob("*.py"))
+                assert all(f'"{flag}"' in beside for flag in re.findall(r"--[a-z_]+", command)), command
     elif f" {TRAIN}" in command:
         launch, arguments = command.split(TRAIN, 1)
         for config in re.findall(r"--config_file (\S+)", launch):
