@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from diff_instruct.export.apps import noise_levels, where_it_runs
 from diff_instruct.mistake import Mistake
+from diff_instruct.models import sources
 from diff_instruct.models.lora import add_lora, reach, trained_parameters
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import plan, table
@@ -177,6 +178,22 @@ def test_dry_run_stops_before_weights(tiny_args, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("out/*.json"))
 
 
+KNOWN = {}
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """Networks on the meta device are made once for all commands of an architecture: none of them changes them."""
+    read = sources.read_networks
+
+    def known(source, family, index, vae=None):
+        if vae is not None:
+            return read(source, family, index, vae)
+        return KNOWN.setdefault(source.path, KNOWN.get(source.path) or read(source, family, index))
+
+    monkeypatch.setattr(sources, "read_networks", known)
+
+
 def recipes():
     pages = ("recipes/README.md", "docs/your-card.md")
     text = "\n".join((ROOT / page).read_text() for page in pages).replace("\\\n", " ")
@@ -184,7 +201,7 @@ def recipes():
 
 
 @pytest.mark.parametrize("command", recipes())
-def test_recipes(command, monkeypatch, tmp_path):
+def test_recipes(command, monkeypatch, tmp_path, read_once):
     """Every command parses, names an accelerate config that exists, and is planned on the published architecture."""
     words = shlex.split(command)
     script = words.index("train_diff_instruct_pp.py")

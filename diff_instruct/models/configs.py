@@ -7,6 +7,7 @@ import diffusers
 import transformers
 from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, DiffusionPipeline
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from diff_instruct.mistake import Mistake
@@ -72,7 +73,7 @@ def empty_network(path, name, library, class_name, **where):
         if file is None:  # so says transformers, for a folder
             raise FileNotFoundError
         config = cls.config_class.from_json_file(file)
-        with init_empty_weights():
+        with init_empty_weights(), no_init_weights():
             return cls(config)
     except OSError:
         raise Mistake(f"{path} has no {name}: expected {name}/config.json of a {class_name}") from None

@@ -72,9 +72,10 @@ def add_lora(network, name, rank, alpha, targets):
     """
     targets = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets)
+    counted = all(p.is_meta for p in network.parameters())  # then adapters need no contents, either
     with warnings.catch_warnings():  # that there are adapters already is what is wanted
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(config, network, adapter_name=name)
+        inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=counted)
     LAYERS.clear()
     network.requires_grad_(False)
     for p in trained_parameters(network, name).values():
