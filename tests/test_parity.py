@@ -40,19 +40,27 @@ def test_another_number_of_heads_is_noticed():
 
 @pytest.mark.parametrize(
     "name, unit, near",
-    [("image_reward", 1, 1e-2), ("pickscore", 1, 0.2), ("clip", 100, 1e-2), ("aesthetic", 1, 1e-2)],
+    [
+        ("image_reward", 1, 1e-2),
+        ("pickscore", 1, 0.2),
+        ("clip", 100, 1e-2),
+        ("aesthetic", 1, 1e-2),
+        ("hpsv3", 1, 1e-3),
+    ],
 )
 def test_pictures_of_other_sizes_differ_by_pil_s_rounding_only(name, unit, near):
     """Resized by PIL itself they score the same; resized by us, near it: PIL rounds to 8 bits."""
     case = f"{name}_tiny"
     outputs, reward = load_file(ORACLE / case / "outputs.safetensors"), load_saved(case, ORACLE / case)
     for (height, width), expected in zip(SIZES, outputs["end_to_end"]):
+        whole = bytes_of(height, width).permute(2, 0, 1)[None] / 255
+        assert abs(reward(whole, [PROMPTS[-1]]) / unit - expected) <= near
         size = [int(CONFIGS[case]["image"] * side / min(height, width)) for side in (width, height)]
+        if name == "hpsv3" and height != width:
+            continue  # it would be resized a second time
         picture = np.array(Image.fromarray(bytes_of(height, width).numpy()).resize(size, Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
         assert abs(reward(pixels, [PROMPTS[-1]]) / unit - expected) <= bar(expected)
-        whole = bytes_of(height, width).permute(2, 0, 1)[None] / 255
-        assert abs(reward(whole, [PROMPTS[-1]]) / unit - expected) <= near
 
 
 @pytest.mark.oracle

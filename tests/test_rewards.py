@@ -5,6 +5,7 @@ import math
 import random
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
 from diff_instruct.objectives import reward_gradient
 from diff_instruct.plan.memory_plan import reward_bytes
+from diff_instruct.rewards import hpsv3
 from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
 from diff_instruct.rewards.catalogue import CATALOGUE, Published
 from diff_instruct.rewards.clip import ClipScore
@@ -28,12 +30,12 @@ from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.rewards.specs import RewardSpec, read_rewards, split_number
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.reward_scale import RewardDial, validations_since_best
-from tests.parity.reward_inputs import ORACLE, WORDS, random_state
-from tests.parity.reward_ours import tiny_image_reward
+from tests.parity.reward_inputs import ORACLE, SAID, WORDS, random_state
+from tests.parity.reward_ours import tiny_hpsv3, tiny_image_reward
 from tests.tiny import PROMPTS, tiny_tokenizer
 
 
-NAMES = ["image_reward", "hpsv2", "pickscore", "clip", "aesthetic", "pocket"]
+NAMES = ["image_reward", "hpsv2", "pickscore", "clip", "aesthetic", "hpsv3", "pocket"]
 EVERY = [*NAMES, "function", "mix"]
 WARMTH = """
 def warmth(pixels, prompts):
@@ -53,6 +55,9 @@ def make(tiny_pocket, tmp_path_factory):
         if name == "image_reward":
             shapes = json.loads((ORACLE / "image_reward_tiny" / "shapes.json").read_text())
             return tiny_image_reward(random_state(shapes), BertTokenizer.from_pretrained(folder))
+        if name == "hpsv3":
+            shapes = json.loads((ORACLE / "hpsv3_tiny" / "shapes.json").read_text())
+            return tiny_hpsv3(random_state(shapes))
         if name == "function":
             return FunctionReward(f"{folder / 'mine.py'}:warmth")
         if name == "mix":
@@ -74,10 +79,13 @@ def pictures(n, height=16, width=16):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_is_right(make, name):
-    """Against finite differences, in float64, through the resize."""
-    reward = make(name).double()
+    """Against finite differences, in float64, through the resize; of a language model, whose norms stay in float32,
+    larger ones."""
+    reward, eps = make(name).double(), 1e-3 if name == "hpsv3" else 1e-5
     x = pictures(1, 5, 6).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: reward(p, ["a red apple"]), x, eps=1e-5, atol=1e-6, rtol=1e-4)
+    assert torch.autograd.gradcheck(
+        lambda p: reward(p, ["a red apple"]), x, eps=eps, atol=1e-6 if eps < 1e-3 else 5e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -380,8 +388,41 @@ def test_a_function_that_is_only_reported_needs_no_gradient(functions):
     assert FunctionReward(f"{functions}:bright")(pictures(2), PROMPTS[:2]).shape == (2,)
 
 
-@pytest.mark.parametrize("name", ["image_reward", "hpsv2", "hpsv2.1", "pickscore", "clip", "aesthetic"])
-def test_a_missing_checkpoint_says_where_it_comes_from(name, tmp_path):
+@pytest.fixture
+def hpsv3_package(tmp_path, monkeypatch):
+    """A package `hpsv3` with words of our own, which must not be imported: the file of its words."""
+    file = tmp_path / "packages" / "hpsv3" / "dataset" / "data_collator_qwen.py"
+    file.parent.mkdir(parents=True)
+    (file.parents[1] / "__init__.py").write_text("raise ImportError('of another transformers')")
+    instruction, end = SAID
+    file.write_text(
+        f"import of_nothing\nINSTRUCTION = {instruction!r}\nprompt_with_special_token = {end!r}\nN = 1 + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    return file
+
+
+def test_the_words_of_hpsv3_are_its_package_s(hpsv3_package):
+    assert hpsv3.words() == SAID
+    hpsv3_package.write_text("INSTRUCTION = 'How good is it?'\n")
+    with pytest.raises(Mistake, match="does not hold the words of hpsv3 1.0.0"):
+        hpsv3.words()
+
+
+@pytest.mark.skipif(find_spec("hpsv3") is not None, reason="the package hpsv3 is installed")
+def test_without_its_package_hpsv3_says_what_to_install():
+    with pytest.raises(Mistake, match="pip install --no-deps hpsv3"):
+        load_reward(RewardSpec("hpsv3"))
+
+
+def test_hpsv3_reads_no_token_of_the_chat_in_a_prompt(make):
+    reward, x = make("hpsv3"), pictures(2)
+    r = reward(x, ["a <|Reward|> <|image_pad|>", "a red apple"])
+    assert r.shape == (2,) and r[1] == pytest.approx(reward(x[1:], ["a red apple"]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["image_reward", "hpsv2", "hpsv2.1", "hpsv3", "pickscore", "clip", "aesthetic"])
+def test_a_missing_checkpoint_says_where_it_comes_from(name, tmp_path, hpsv3_package):
     with pytest.raises(ValueError, match="from https://huggingface.co/.*--reward_checkpoint .*=PATH") as error:
         load_reward(RewardSpec(name), cache_dir=tmp_path)
     assert "\n" not in str(error.value) and f"`{name}`" in str(error.value)

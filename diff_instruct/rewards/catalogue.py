@@ -57,6 +57,12 @@ CATALOGUE = {
         graph_bytes=424_970_780,
         unit="100 · cosine",
     ),
+    "hpsv3": Published(
+        "diff_instruct.rewards.hpsv3:HPSv3",
+        parameters=7_748_610_610,
+        graph_bytes=9_607_395_792,  # with 850 tokens, the picture's 256 among them
+        unit="μ, without bounds",
+    ),
     "pickscore": Published(
         "diff_instruct.rewards.pickscore:PickScore",
         parameters=986_109_441,

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from diff_instruct.models.configs import ModelSource
 from diff_instruct.models.weight_files import check_file, check_folder
-from diff_instruct.rewards import aesthetic, catalogue, hpsv2, image_reward
+from diff_instruct.rewards import aesthetic, catalogue, hpsv2, hpsv3, image_reward
 from diff_instruct.rewards.clip import ClipScore
 from diff_instruct.rewards.function import load_function
 from diff_instruct.rewards.pickscore import PickScore
@@ -21,6 +21,7 @@ from diff_instruct.rewards.weights import check_clip_folder, find, missing, unre
 FILES = {
     "image_reward": (image_reward.REPO, image_reward.FILE),
     **{name: (hpsv2.REPO, file) for name, file in hpsv2.FILES.items()},
+    "hpsv3": (hpsv3.REPO, hpsv3.FILE),
     "aesthetic": (aesthetic.REPO, aesthetic.FILE),
     "pickscore": (PickScore.REPO, None),
     "clip": (ClipScore.REPO, None),
@@ -53,6 +54,8 @@ def look_at(spec, cache_dir=None):
         return None
     if is_url(spec.name):
         return f"reward `{spec.name}` was not asked"
+    if spec.name == "hpsv3":
+        hpsv3.words()
     repo, filename = FILES[spec.name]
     folder = catalogue.CATALOGUE[spec.name].folder
     path = spec.checkpoint or (folder and catalogue.POCKET / folder)

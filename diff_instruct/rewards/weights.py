@@ -78,8 +78,8 @@ def check_state(expected, state, source):
         )
 
 
-def network(cls, config, state, source, **options):
-    """One of transformers' networks with these weights, in float32; no random weights are drawn first.
+def network(cls, config, state, source, dtype=torch.float32, **options):
+    """One of transformers' networks with these weights, in `dtype`; no random weights are drawn first.
 
     Raises:
         Mistake: see `check_state`.
@@ -88,7 +88,7 @@ def network(cls, config, state, source, **options):
         expected = cls(config, **options).state_dict()
     check_state(expected, state, source)
     state = {k: state[k] for k in expected}
-    return cls.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
+    return cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
 
 
 def check_clip_folder(name, path, repo):

@@ -27,12 +27,50 @@ CONFIGS = {
     "pickscore_tiny": VIT_TINY,
     "clip_tiny": OPENAI_TINY,
     "aesthetic_tiny": OPENAI_TINY,
+    "hpsv3_tiny": {"image": 84, "patch": 14, "vision": (32, 2, 2), "text": (48, 2, 4)},
     "image_reward_full": {"image": 224, "patch": 16, "vision": (1024, 24, 16), "text": (768, 12, 12)},
     "hpsv2_full": VIT_H,
     "pickscore_full": VIT_H,
     "clip_full": VIT_L,
     "aesthetic_full": VIT_L,
 }
+
+
+def qwen2_vl(size):
+    """A small Qwen2-VL, in the terms of transformers 4.45: those of its config, and of its vision tower's. Its
+    vocabulary are bytes and the tokens of the chat, see `byte_tokenizer`."""
+    (width, layers, heads), (seen_width, seen_layers, seen_heads) = size["text"], size["vision"]
+    half = width // heads // 2
+    text = {
+        "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "rms_norm_eps": 1e-6,
+        "vocab_size": 256 + len(CHAT) + 1, "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [half - 4, 2, 2]},
+    }  # fmt: skip
+    vision = {"depth": seen_layers, "embed_dim": seen_width, "num_heads": seen_heads, "hidden_size": width}
+    return text, vision
+
+
+CHAT = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+]  # fmt: skip
+
+
+SAID = (
+    "How well does this show what is asked for?\n{text_prompt}\n",
+    "\nA rating: <|Reward|>\n",
+)  # in place of hpsv3's
+
+
+def byte_tokenizer(tokenizers, cls):
+    """Qwen2-VL's own is on the Hub: here every byte is a token, and every word of the chat, as there."""
+    model = tokenizers.models.BPE(
+        vocab={c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return cls(tokenizer_object=tokenizer, pad_token=CHAT[0], additional_special_tokens=CHAT[1:])
 
 
 def reward_of(case):

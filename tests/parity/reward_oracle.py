@@ -15,10 +15,26 @@ import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
-from reward_inputs import CONFIGS, PROMPTS, SIZES, WORDS, bytes_of, pictures, random_state, reward_of
+from reward_inputs import (
+    CONFIGS,
+    PROMPTS,
+    SAID,
+    SIZES,
+    WORDS,
+    byte_tokenizer,
+    bytes_of,
+    pictures,
+    qwen2_vl,
+    random_state,
+    reward_of,
+)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def without_init(name):
@@ -224,6 +240,75 @@ def aesthetic(size, folder):
     return shapes, score, lambda prompts: {}, model.preprocess
 
 
+NOT_FOR_HPSV3 = (  # what its modules import for training and for films
+    "datasets", "matplotlib", "matplotlib.patches", "matplotlib.pyplot", "pandas", "peft", "requests", "torchvision",
+    "torchvision.transforms", "torchvision.transforms.functional", "torch.utils.tensorboard", "transformers.trainer",
+    "transformers.trainer_callback", "transformers.trainer_pt_utils", "transformers.training_args", "trl",
+    "hpsv3.utils.training_utils",
+)  # fmt: skip
+QWEN2_VL_CHAT = (
+    "{% for message in messages %}{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def hpsv3(size, folder):
+    """`hpsv3` 1.0.0: its network, and what it does to pictures and prompts before; of Qwen2-VL's tokenizer only the
+    chat's template."""
+    import tokenizers
+    import transformers
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    for name in NOT_FOR_HPSV3:
+        sys.modules[name] = MagicMock()
+    without_init("hpsv3")
+    from hpsv3.dataset import data_collator_qwen as collating
+    from hpsv3.dataset.utils import fetch_image
+    from hpsv3.model.differentiable_image_processor import Qwen2VLImageProcessor as Differentiable
+    from hpsv3.model.qwen2vl_trainer import Qwen2VLRewardModelBT
+
+    tokenizer = byte_tokenizer(tokenizers, transformers.Qwen2TokenizerFast)
+    tokenizer.padding_side = "right"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    image_token, token = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|Reward|>"])
+    text, vision = qwen2_vl(size)
+    config = transformers.Qwen2VLConfig(
+        **text, vision_config=vision, image_token_id=image_token, pad_token_id=tokenizer.pad_token_id
+    )
+    config._attn_implementation = "sdpa"
+    model = Qwen2VLRewardModelBT(
+        config, output_dim=2, reward_token="special", special_token_ids=[token], rm_head_type="ranknet"
+    )
+    shapes = load_random(model)
+    torch.save(model.state_dict(), folder / "checkpoint.pt")
+    processor = transformers.Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, chat_template=QWEN2_VL_CHAT)
+    collating.INSTRUCTION, collating.prompt_with_special_token = SAID  # the authors' words are not kept here
+    collator, area = collating.QWen2VLDataCollator(processor), size["image"] ** 2
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+
+    def score(pixels, prompts):
+        blank = [Image.new("RGB", (pixels.shape[3], pixels.shape[2]))] * len(pixels)
+        chats = processor.apply_chat_template(
+            collator._clean_message(prompts, blank), tokenize=False, add_generation_prompt=True
+        )
+        batch = processor(text=chats, images=blank, padding=True, return_tensors="pt")
+        plain = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+        patches = [Differentiable()._preprocess_differentiable(p, **plain)[0] for p in pixels]
+        batch["pixel_values"] = torch.cat(patches)
+        return model(**batch, return_dict=True)["logits"][:, 0]
+
+    def preprocess(image):
+        image = fetch_image({"image": image, "min_pixels": area, "max_pixels": area})
+        pixels = torch.tensor(list(image.tobytes())).view(image.height, image.width, 3).permute(2, 0, 1) / 255
+        return (pixels - mean) / std
+
+    return shapes, score, list, preprocess
+
+
 def main():
     from PIL import Image
     from safetensors.torch import save_file
@@ -231,15 +316,14 @@ def main():
     case, folder = sys.argv[1], Path(sys.argv[2])
     torch.manual_seed(0)
     size = CONFIGS[case]
-    build = {f.__name__: f for f in (image_reward, hpsv2, pickscore, clip, aesthetic)}[reward_of(case)]
+    build = {f.__name__: f for f in (image_reward, hpsv2, hpsv3, pickscore, clip, aesthetic)}[reward_of(case)]
     shapes, score, tokens, preprocess = build(size, folder)
     (folder / "shapes.json").write_text(json.dumps({k: list(v) for k, v in shapes.items()}, indent=0))
 
     n = 1 if size["image"] == 224 else 2
     t = tokens(PROMPTS[-n:])
     pixels = pictures(n, size["image"], size["image"]).requires_grad_()
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    scale = [torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std)]
+    scale = [torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)]
     r = score((pixels - scale[0]) / scale[1], t)
     (gradient,) = torch.autograd.grad(r.sum(), pixels)
 
@@ -249,7 +333,7 @@ def main():
         end_to_end = torch.cat([score(preprocess(image)[None], pil_tokens) for image in images])
     outputs = {"score": r.detach(), "gradient": gradient, "end_to_end": end_to_end}
     for prefix, ids in (("", t), ("pil_", pil_tokens)):
-        outputs |= {prefix + k: ids[k] for k in ("input_ids", "attention_mask") if ids}
+        outputs |= {prefix + k: ids[k] for k in ("input_ids", "attention_mask") if ids and not isinstance(ids, list)}
     save_file({k: v.contiguous() for k, v in outputs.items()}, folder / "outputs.safetensors")
 
 

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -13,15 +14,30 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
 )
 
 from diff_instruct.rewards.aesthetic import Aesthetic, LinearMLP
 from diff_instruct.rewards.clip import ClipScore, ClipScorer
 from diff_instruct.rewards.hpsv2 import HPSv2, from_open_clip
+from diff_instruct.rewards.hpsv3 import HPSv3
 from diff_instruct.rewards.image_reward import ImageReward, configs
 from diff_instruct.rewards.pickscore import PickScore
 from diff_instruct.rewards.weights import load_tokenizer, network, read
-from tests.parity.reward_inputs import CONFIGS, PROMPTS, SIZES, bytes_of, pictures, random_state, reward_of
+from tests.parity.reward_inputs import (
+    CHAT,
+    CONFIGS,
+    PROMPTS,
+    SAID,
+    SIZES,
+    byte_tokenizer,
+    bytes_of,
+    pictures,
+    qwen2_vl,
+    random_state,
+    reward_of,
+)
 
 
 SOURCE = "the oracle's state"
@@ -83,6 +99,20 @@ def tiny_image_reward(state, tokenizer):
     return ImageReward.from_state(state, tokenizer, SOURCE, *blip_configs("image_reward_tiny"))
 
 
+def tiny_hpsv3(state, said=SAID):
+    """Our HPSv3 of the tiny size; `said` as its `words`."""
+    text, vision = qwen2_vl(CONFIGS["hpsv3_tiny"])
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), **text.pop("rope_scaling")}
+    rope.pop("type")
+    config = Qwen2VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=256 + CHAT.index("<|image_pad|>"),
+    )
+    tokenizer = byte_tokenizer(tokenizers, Qwen2Tokenizer)
+    return HPSv3.from_state(state, tokenizer, said, SOURCE, config, area=CONFIGS["hpsv3_tiny"]["image"] ** 2)
+
+
 def load(case, folder):
     """Our reward, from the oracle's checkpoint and tokenizer files; where a size can be given only by a
     configuration beside the published weights, as users load it."""
@@ -93,6 +123,8 @@ def load(case, folder):
         tokenizer = load_tokenizer(CLIPTokenizer, "hpsv2", folder, "none")
         return HPSv2.from_state("hpsv2", read(folder / "checkpoint.pt")["state_dict"], tokenizer, SOURCE,
                                 clip_config(case))  # fmt: skip
+    if case == "hpsv3_tiny":
+        return tiny_hpsv3(read(folder / "checkpoint.pt"))
     if case == "image_reward_tiny":
         tokenizer = load_tokenizer(BertTokenizer, "image_reward", folder, "none")
         return tiny_image_reward(read(folder / "checkpoint.pt"), tokenizer)
@@ -105,6 +137,8 @@ def load_saved(case, folder):
     """The same without the checkpoint: the weights drawn again, the tokens as they were saved."""
     state = random_state(json.loads((folder / "shapes.json").read_text()))
     outputs, reward = load_file(folder / "outputs.safetensors"), reward_of(case)
+    if reward == "hpsv3":
+        return tiny_hpsv3(state)
     tokenizer = None if reward == "aesthetic" else GivenTokens(*saved_tokens(outputs))
     if reward == "image_reward":
         return tiny_image_reward(state, tokenizer)

@@ -1,9 +1,10 @@
 """Are our rewards those of the original packages? `python tests/parity/reward_parity.py --environment FOLDER`
 
 Builds an isolated environment in FOLDER if there is none (it wants pip and a package index): Python 3.11 with
-image-reward 1.5, hpsv2 1.2.0 and what they need, old transformers and timm. `reward_oracle.py` runs in it: random
-weights in the published layout, scores and pixel gradients by the original code. Here the same checkpoint is read with
-our code, the same pictures are scored and the differences printed; it ends with status 1 if one is above its bar.
+image-reward 1.5, hpsv2 1.2.0, hpsv3 1.0.0 and what they need, old transformers and timm. `reward_oracle.py` runs in
+it: random weights in the published layout, scores and pixel gradients by the original code. Here the same checkpoint
+is read with our code, the same pictures are scored and the differences printed; it ends with status 1 if one is above
+its bar. hpsv3 is compared at a small size only.
 All cases together take six and a half minutes of a core, 12 GB of memory and 5 GB in $TMPDIR; `--cases` names some.
 
 The bars hold for score and pixel gradient on the same picture (1e-5), and for the score of PIL pictures of other sizes
@@ -15,6 +16,7 @@ holds at 224 pixels only.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.parity.reward_inputs import CONFIGS
+from tests.parity.reward_inputs import CONFIGS, reward_of
 from tests.parity.reward_ours import bar, differences, load
 
 
@@ -37,6 +39,7 @@ WITHOUT_DEPENDENCIES = [
     "image-reward==1.5", "hpsv2==1.2.0", "timm==0.6.13", "torchvision==0.15.2", "clip-anytorch==2.6.0",
     "fairscale==0.4.13",
 ]  # fmt: skip
+FOR_HPSV3 = ["hpsv3==1.0.0", "transformers==4.45.2", "tokenizers==0.20.3"]  # in a folder that is searched first
 
 
 def build_environment(folder):
@@ -50,6 +53,7 @@ def build_environment(folder):
         subprocess.run(["python3.11", "-m", "venv", folder], check=True)
         subprocess.run([*pip, TORCH, *REQUIREMENTS], check=True)
         subprocess.run([*pip, "--no-deps", "--no-build-isolation", *WITHOUT_DEPENDENCIES], check=True)
+        subprocess.run([*pip, "--no-deps", "--target", Path(folder) / "hpsv3", *FOR_HPSV3], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ValueError(f"{folder} cannot be built: it needs python3.11 and a package index ({error})") from None
@@ -57,7 +61,9 @@ def build_environment(folder):
 
 def run_oracle(python, case, folder):
     """Writes the checkpoint and the outputs of the original package in `folder`. Raises ValueError if it fails."""
-    process = subprocess.run([python, str(ORACLE), case, str(folder)], stderr=subprocess.PIPE, text=True)
+    first = {"PYTHONPATH": str(Path(python).parents[1] / "hpsv3")} if reward_of(case) == "hpsv3" else {}
+    command, env = [python, str(ORACLE), case, str(folder)], {**os.environ, **first}
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=env)
     if process.returncode:
         raise ValueError(f"{case}: the original package failed: {process.stderr.strip().splitlines()[-1:]}")
 
