@@ -2,8 +2,8 @@
 
 The pocket's generator has learnt pairs of the reference's own (`pocket.build`), so it draws what the reference draws
 from the same noise. How much of that variety does alignment leave, and at what truth? The first command, with as many
-seeds as asked for; with one seed each: other strengths of the reward, an anchor on such pairs, and the pocket's
-presets of SIM and DI*. All with the first command's number of steps, judged as in `pocket_judge`. Writes
+seeds as asked for; with one seed each: other strengths of the reward, an anchor on such pairs, other settings, and the
+pocket's presets of SIM and DI*. All with the first command's number of steps, judged as in `pocket_judge`. Writes
 `start_from_pairs.md` and `start_from_pairs.png`, truth against diversity.
 """
 
@@ -25,6 +25,12 @@ OF_PAIRS = f"--num_pairs 1024 --pair_sampler_steps 12 --pair_cfg_scale {BEST_GUI
 FIRST = {"the first command": runs.setting(4.5, 10, None)}
 ANCHORS = (1,)
 REWARDS = (1, 30)
+CHANGES = {
+    "w(t) `dmd`": runs.setting(4.5, 10, None, "--weighting dmd"),
+    "guidance at the lower half": runs.setting(4.5, 10, "0 0.5"),
+    "the TA's rate × 2": runs.setting(4.5, 10, None, "--ta_learning_rate 4e-4"),
+    "rate 3e-4, falling": runs.setting(4.5, 10, None, "--learning_rate 3e-4 --lr_scheduler linear"),
+}
 
 
 def variants(pairs):
@@ -33,6 +39,7 @@ def variants(pairs):
     return {
         **{f"α_rew {r}": runs.setting(4.5, r, None) for r in REWARDS},
         **{f"anchor {a}": runs.setting(4.5, 10, None, changes) for a, changes in anchored.items()},
+        **CHANGES,
         "SIM, the pocket's preset": "--preset sim",
         "DI*, the pocket's preset": "--preset di*",
     }
@@ -44,7 +51,9 @@ def picture(scores, file):
     for label, values in scores.items():
         x, y = (values[k].flatten(1).nanmean(dim=1) for k in ("diversity", "truth"))
         axis.scatter(x, y, s=30)
-        axis.annotate(label, (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            label.replace("`", ""), (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
     axis.set(xlabel="diversity within a prompt", ylabel=METRICS["truth"])
     axis.margins(x=0.15, y=0.1)
     axis.grid(alpha=0.3)
