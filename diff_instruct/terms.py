@@ -208,6 +208,32 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class NormGuard:
+    """½ κ/√d · scale · relu(‖x̂0_ψ‖ − ‖x̃0_ref‖)², a hinge on the norm of what is predicted at x_t: as long as the
+    guided reference's, but no longer. Its part: `guard`.
+
+    NormGuard (arXiv 2606.27771) compares a network before and after RL at the inputs of its sampler. A generator of
+    one step starts from noise alone, where the reference predicts a mean, whose norm is less than any picture's. So
+    the TA speaks for the generator, at all noise levels. Its x̂0 stands for x0, as it does in the integral KL with
+    w(t) `x0`, and in size it is as that: the part of the difference by which predictions are too long.
+    """
+
+    scale: float
+
+    through = ()
+
+    def acts(self, alpha):
+        return self.scale > 0
+
+    def gradient(self, noised):
+        x0 = noised.estimates.ta.detach()
+        norm, most = (x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (x0, noised.guided.detach()))
+        excess = (norm - most).clamp(min=0)
+        noised.figures["norm_excess"] = (norm / most - 1).mean()
+        return {"guard": self.scale * KAPPA / x0[0].numel() ** 0.5 * excess / norm * x0}
+
+
+@dataclass(frozen=True)
 class SurrogateReward:
     """w(t) (s_ref − s_φ): the target score becomes s̃_ref + (s_φ − s_ref), that of p_ref exp(α_rew r) as far as φ has
     learnt it (`diff_instruct/surrogate.py`); so the optimum does not depend on w(t). Its part: `surrogate`."""

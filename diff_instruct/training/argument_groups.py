@@ -204,6 +204,11 @@ def add_algorithm_arguments(parser):
         help="how hard pairs hold the generator near what the reference draws from the same noise, in all of its "
         "steps, beside a divergence of 1; 0: not at all",
     )  # fmt: skip
+    g.add_argument(
+        "--norm_guard", type=non_negative, default=0.0,
+        help="how hard what the teaching assistant predicts of the generator's pictures is held to be no longer, in "
+        "norm, than what the guided reference does: a brake against rewards that saturate; 0: not at all",
+    )  # fmt: skip
     g.add_argument("--reward_scale", type=non_negative, default=10.0, help="α_rew; the paper's: 0, 1, 10")
     g.add_argument(
         "--reward_ratio", type=positive,

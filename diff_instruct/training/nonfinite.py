@@ -19,6 +19,7 @@ CAUSES = {  # figures of a step, the first cause first
     "norm_divergence": "divergence",
     "norm_cfg": "guidance",
     "norm_anchor": "anchor",
+    "norm_guard": "guard of norms",
     "norm_reward": "reward",
     "norm_surrogate": "surrogate",
 }

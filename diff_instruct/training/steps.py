@@ -13,6 +13,7 @@ from diff_instruct.terms import (
     DiffusedReward,
     LatentReward,
     Noised,
+    NormGuard,
     ScoreDistance,
     SurrogateReward,
     mean_norm,
@@ -86,7 +87,8 @@ class GeneratorStep:
 
 
 def terms_of(args, reward, decode, phi=None):
-    """The terms of the method that the arguments are: a divergence, a reward and, if asked for, an anchor.
+    """The terms of the method that the arguments are: a divergence, a reward and, if asked for, an anchor and a
+    guard of norms.
 
     Args:
         reward ([`Mix`]): r(x, c).
@@ -101,7 +103,7 @@ def terms_of(args, reward, decode, phi=None):
         rewarded = SurrogateReward(phi)
     if args.reward_mode == "diffused":
         rewarded = DiffusedReward(of_latents, args.diffused_reward_steps)
-    return divergence, rewarded, Anchor(args.anchor_scale)
+    return divergence, rewarded, Anchor(args.anchor_scale), NormGuard(args.norm_guard)
 
 
 def generator_step(args, ta, ref, null, reward, decode, phi=None):
