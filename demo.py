@@ -14,10 +14,11 @@ from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from diff_instruct.command_line import Parser, positive_int, whole
-from diff_instruct.evaluation.candidates import Contender, check, load
+from diff_instruct.command_line import Parser, image_size, whole
+from diff_instruct.evaluation.candidates import Contender, check, load, one_step
 from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
+from diff_instruct.export.rounded import read_gguf
 from diff_instruct.export.space import check_folder, write_space
 from diff_instruct.files import NotWritten, check_apart
 from diff_instruct.mistake import Mistake
@@ -42,12 +43,13 @@ def build_parser():
     add = parser.add_argument
     add("model", nargs="?", help="PATH or PATH,option=value, as in evaluate_one_step.py's --models without the name; "
         "default: the pocket reference's generator")  # fmt: skip
+    add("--gguf", metavar="FILE", help="draw with this rounded network of the export, which export_for_apps.py wrote")
     add("--before", help="another model, written alike, for the slider; default: the pocket reference in one step, if "
         "no model is given")  # fmt: skip
     add("--reward", nargs="+", default=None, metavar="NAME", help="scores to show; default: the pocket reference's")
     add("--heldout_reward", nargs="+", default=None, metavar="NAME", help="more scores, called held-out")
     add("--reward_checkpoint", nargs="+", metavar="NAME=PATH", help="local files or folders, instead of the Hub's")
-    add("--resolution", type=positive_int, help="pixels of an image's side; default: the model's own")
+    add("--resolution", type=image_size, help="pixels of an image's side, or WIDTHxHEIGHT; default: the model's own")
     add("--title", default="One step, one picture")
     add("--examples", nargs="*", default=None, metavar="PROMPT", help="prompts to click on; default: the pocket's")
     add("--gallery", nargs="+", default=[], metavar="PATH", help="evaluation.json, or --output_dir of training runs")
@@ -80,6 +82,7 @@ def check_args(args):
     if args.export_space:
         shown = [Contender.parse(f"model={entry}") for entry in (args.model, args.before) if entry]
         inputs = [("the model", path) for contender in shown for path in (contender.path, contender.base)]
+        inputs += [("--gguf", args.gguf)] if args.gguf else []
         inputs += [("--gallery", path) for path in args.gallery] + files_of(scorers, args.reward_checkpoint)
         kept = [("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
         check_apart([("--export_space", args.export_space)], inputs, kept)
@@ -94,8 +97,11 @@ def load_model(name, entry, args, device):
         Mistake: as `evaluate_one_step.py`.
     """
     contender = Contender.parse(f"{name.replace(' ', '-')}={entry}")
-    known = check(contender, args.resolution, args.cache_dir, args.trust_remote_code)
-    draw, shape = load(contender, known, args.resolution, args.cache_dir, torch.float32, device)
+    if args.gguf and entry == args.model:
+        draw, shape = one_step(load_pipeline(entry, args, args.gguf).to(device), args.resolution)
+    else:
+        known = check(contender, args.resolution, args.cache_dir, args.trust_remote_code)
+        draw, shape = load(contender, known, args.resolution, args.cache_dir, torch.float32, device)
 
     def of_one_prompt(prompt, z, generators):
         return draw([prompt], len(z), z.to(device), generators)
@@ -129,18 +135,21 @@ def content_of(args, scorers, device):
     )
 
 
-def load_pipeline(entry, args):
-    """The model itself, a `OneStepPipeline`, for a Space.
+def load_pipeline(entry, args, gguf=None):
+    """The model itself, a `OneStepPipeline`; with a GGUF file's network if there is one.
 
     Raises:
-        Mistake: if it is no one-step model.
+        Mistake: if it is no one-step model, or no export to which a GGUF file could belong.
     """
     contender = Contender.parse(f"model={entry}")
     known = check(contender, args.resolution, args.cache_dir, args.trust_remote_code)
     if contender.steps is not None:
         raise Mistake("--export_space shows a one-step model, but steps=... makes it a multi-step one")
+    if gguf and known is not None:
+        raise Mistake("--gguf is a rounded network of an export: give the folder that the training script exported")
     if known is None:
-        options = {"variant": contender.variant, "cache_dir": args.cache_dir}
+        given = {"transformer": read_gguf(gguf, contender.path, torch.float32, args.cache_dir)} if gguf else {}
+        options = given | {"variant": contender.variant, "cache_dir": args.cache_dir}
         return DiffusionPipeline.from_pretrained(contender.path, trust_remote_code=True, **options)
     return load_generator(known, load_reference(known, torch.float32))
 
@@ -153,9 +162,11 @@ def export_space(args):
     """
     model = Contender.parse(f"model={args.model}")
     on_hub = not Path(model.path).exists() and model == Contender("model", model.path)  # with options: not as it is
-    model = {"hub_model": args.model} if on_hub else {"pipe": load_pipeline(args.model, args)}
+    on_hub = on_hub and not args.gguf
+    model = {"hub_model": args.model} if on_hub else {"pipe": load_pipeline(args.model, args, args.gguf)}
     text = "Each picture is one evaluation of the network. Type: it redraws."
-    write_space(args.export_space, args.title, text, args.examples or (), zero_gpu=args.zero_gpu, **model)
+    options = {"zero_gpu": args.zero_gpu, "gguf": args.gguf}
+    write_space(args.export_space, args.title, text, args.examples or (), **options, **model)
     print(f"Wrote {args.export_space}. Try it with: cd {args.export_space} && python app.py")
     if args.push_to_hub:
         options = {"repo_type": "space", "token": args.hub_token}

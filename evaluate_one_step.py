@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diff_instruct.command_line import Parser, positive_int, seed, text
+from diff_instruct.command_line import Parser, image_size, positive_int, seed, text
 from diff_instruct.evaluation.candidates import EXAMPLE, Contender, check, cut_of, load
 from diff_instruct.evaluation.cost import Meter
 from diff_instruct.evaluation.judge import diversity, first_features
@@ -80,7 +80,7 @@ def build_parser():
         help="local files or folders, instead of the Hub's",
     )
     add("--batch_size", type=positive_int, default=16, help="images at a time, all of a prompt together")
-    add("--resolution", type=positive_int, help="pixels of an image's side; default: each model's own")
+    add("--resolution", type=image_size, help="pixels of an image's side, or WIDTHxHEIGHT; default: each model's own")
     add("--mixed_precision", choices=["no", "bf16"], help="of the models; default: what accelerate is configured for")
     add(
         "--output_dir", type=text, default="evaluation", help="evaluation.json, .md and .png, and the finished batches"

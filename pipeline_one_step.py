@@ -682,13 +682,16 @@ class Family:
 
     @classmethod
     def stock_setup(cls):
-        """Lines of Python that make `stock`, the stock pipeline around the parts of an export, `pipe`."""
-        if cls.flow:
-            needed = [name for name in cls.unused if name not in cls.stock()._optional_components]
-            without = "".join(f", {name}=None" for name in needed)
-            return f"from diffusers import {cls.name}\nstock = {cls.name}.from_pipe(pipe{without})\n"
-        scheduler = "scheduler=LCMScheduler.from_config(pipe.scheduler.config)"
-        return f"from diffusers import LCMScheduler, {cls.name}\nstock = {cls.name}.from_pipe(pipe, {scheduler})\n"
+        """Lines of Python that make `stock`, the stock pipeline around the parts of an export, `pipe`, as they are:
+        `from_pipe` would cast them, which quantised networks refuse."""
+        without = "".join(f", {name}=None" for name in cls.unused)
+        without += ", requires_safety_checker=False" if "safety_checker" in cls.unused else ""
+        lines = ["parts = {name: part for name, part in pipe.components.items() if part is not None}"]
+        if not cls.flow:
+            lines.append('parts["scheduler"] = LCMScheduler.from_config(pipe.scheduler.config)')
+        lines.append(f"stock = {cls.name}(**parts{without})")
+        names = cls.name if cls.flow else ", ".join(sorted(["LCMScheduler", cls.name]))
+        return "\n".join([f"from diffusers import {names}", *lines, ""])
 
     @classmethod
     def stock_arguments(cls, pipe):

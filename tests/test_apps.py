@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -328,6 +329,9 @@ def test_everything_is_written_and_the_page_says_where(one_step, tmp_path, capsy
         assert all(target in graph and slot in (0, 1, 2) for target, slot in links)
     assert any(node["inputs"].get("text") == "blue cat" for node in graph.values())
     page = capsys.readouterr().out
+    apart = apps.stable_diffusion_cpp(one_step("sd", input_noise="scaled"), "my apples", "a cat's $HOME")
+    words = shlex.split(apart)
+    assert words[2] == "my apples.safetensors" and words[4] == "a cat's $HOME"
     assert "sd-cli -m apples_1step.safetensors -p 'blue cat' --sampling-method lcm --steps 1 --sigmas \"2.5017" in page
     assert "optimum-cli export openvino --model apples_1step_diffusers --task stable-diffusion " in page
     stock = DiffusionPipeline.from_pretrained(files / "apples_1step_diffusers")
@@ -424,6 +428,11 @@ def test_front_matter_of_a_base_model_on_the_hub(one_step):
 def test_licence_of_a_local_base_model(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: openrail++\n---\n# A model\n")
     assert card.base_license(tmp_path) == {"license": "other", "license_name": "openrail++"}
+
+
+def test_label_of_a_scorer_whose_path_has_spaces():
+    summary = {"arguments": {"heldout_reward": shlex.join(["my scorers.py:judge", "clip"]), "reward": "pocket"}}
+    assert card.label("heldout", summary) == "my scorers.py:judge (not trained)"
 
 
 def test_eval_results_are_the_figures_of_the_run():

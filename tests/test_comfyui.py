@@ -17,13 +17,18 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
+import export_for_apps
 from diff_instruct.export.apps import App, own_layout, workflow
 from diff_instruct.export.card import LORA_WEIGHTS
 from diff_instruct.export.export import save_lora
@@ -34,6 +39,7 @@ from diff_instruct.families import FAMILIES
 from diff_instruct.models.lora import add_lora, merged
 from pipeline_one_step import Grid, OneStepPipeline
 from tests.families.parts import randomised, vae_of
+from tests.whole import stable_diffusion
 
 
 pytestmark = pytest.mark.apps
@@ -212,7 +218,16 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--cpu", "--fp32-unet", "--disable-api-nodes", "--disable-auto-launch", "--listen", "127.0.0.1"]
+    options = [
+        "--cpu",
+        "--fp32-unet",
+        "--fp32-vae",
+        "--fp32-text-enc",
+        "--disable-api-nodes",
+        "--disable-auto-launch",
+        "--listen",
+        "127.0.0.1",
+    ]
     command = [PYTHON, "main.py", *options, "--port", str(port), "--base-directory", str(base)]
     log = (base / "log.txt").open("w")
     process = subprocess.Popen(command, cwd=WHERE, stdout=log, stderr=subprocess.STDOUT)
@@ -238,6 +253,16 @@ def ask(address, path, data=None):
         pytest.fail(error.read().decode())
 
 
+def finished(address, graph):
+    """What ComfyUI says of a workflow when it has run."""
+    number = ask(address, "/prompt", {"prompt": graph})["prompt_id"]
+    while True:
+        history = ask(address, f"/history/{number}")
+        if number in history:
+            return history[number]["status"]
+        time.sleep(0.5)
+
+
 def run(server, graph, given):
     """The latents of a workflow of ours, its text encoder, VAE and picture replaced by what the test gives."""
     address, base = server
@@ -253,13 +278,7 @@ def run(server, graph, given):
             graph[number] = {"class_type": "Keep", "inputs": inputs}
         elif kind in ("VAELoader", "SaveImage") or kind.endswith("CLIPLoader"):
             del graph[number]
-    number = ask(address, "/prompt", {"prompt": graph})["prompt_id"]
-    while True:
-        history = ask(address, f"/history/{number}")
-        if number in history:
-            break
-        time.sleep(0.5)
-    status = history[number]["status"]
+    status = finished(address, graph)
     assert status["status_str"] == "success", [m[1].get("exception_message") for m in status["messages"]]
     return load_file(kept)["latents"]
 
@@ -395,3 +414,27 @@ def test_comfyui_draws_the_export(server, name, tmp_path):
     )
     if family.has_lora_files():
         assert found["LoRA"][0] < 2 and found["what the LoRA changes"] > 10
+
+
+def test_stable_diffusion_at_full_size(server):
+    """The whole file and the workflow as they are written, nothing replaced: 1.5's size, random weights, half
+    precision; ComfyUI's own picture, within 2 of 255."""
+    address, base = server
+    tokenizer = CLIPTokenizer.from_pretrained(Path(WHERE) / "comfy" / "sd1_tokenizer", model_max_length=77)
+    pipe = stable_diffusion(tokenizer, sizes=[[256, 256]])
+    files = base / "models" / "checkpoints"
+    export_for_apps.write(pipe, None, files, "apples", ["single_file", "workflow"], "a red apple")
+    pipe.to(torch.float32)
+    z = torch.randn(1, *pipe.latent_shape(), generator=torch.Generator().manual_seed(0))
+    (other,), (ours,) = (
+        pipe(prompt, latents=z, output_type="np").images for prompt in ("a blue whale", "a red apple")
+    )
+    del pipe
+    graph = json.loads((files / "apples_workflow.json").read_text())
+    status = finished(address, graph)
+    assert status["status_str"] == "success", [m[1].get("exception_message") for m in status["messages"]]
+    theirs = np.asarray(Image.open(base / "output" / "apples_00001_.png"))
+    gap, prompts = (abs(255 * image - theirs) for image in (ours, other))
+    print(f"\nStable Diffusion 1.5: {gap.max()}, {gap.mean()}; of another prompt {prompts.max()}, {prompts.mean()}; "
+          f"deviation {theirs.std()}")  # fmt: skip
+    assert gap.max() < 2 and prompts.max() > 10 and theirs.std() > 20

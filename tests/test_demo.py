@@ -1,5 +1,6 @@
 """The page: what its functions draw, the Space that is written, and, opted in, a real browser."""
 
+import importlib.util
 import json
 import os
 import re
@@ -19,11 +20,14 @@ from diffusers import DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline
 import demo
 from diff_instruct.export import page
 from diff_instruct.export.gallery import gallery
+from diff_instruct.export.original import original_layout
+from diff_instruct.export.rounded import write_gguf
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards import catalogue
 from diff_instruct.rewards import loading as rewards
 from diff_instruct.rewards.specs import RewardSpec
 from pipeline_one_step import OneStepPipeline
+from tests.families import BUILD, FAMILY, SIDES, save
 
 
 REPOSITORY = Path(demo.__file__).resolve().parent
@@ -150,6 +154,75 @@ def test_a_space_draws_without_this_repository(export, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "pixels.pt"), expected, atol=1e-5, rtol=0)
 
 
+def one_of(name, folder):
+    """Folder of the export of a tiny pipeline."""
+    stock = FAMILY[name].stock().from_pretrained(save(name, folder / "stock"), **dict.fromkeys(FAMILY[name].unused))
+    pipe = OneStepPipeline.from_pipe(stock, sizes=[[SIDES[name], SIDES[name]]])
+    pipe.save_pretrained(folder / "apples")
+    return folder / "apples"
+
+
+def run_space(space):
+    """What the app of a Space defines, run in this process beside its own page."""
+    where = importlib.util.spec_from_file_location("page", space / "page.py")
+    own = importlib.util.module_from_spec(where)
+    sys.modules["page"] = own
+    try:
+        where.loader.exec_module(own)
+        scope = {"__name__": "app"}
+        exec((space / "app.py").read_text(), scope)
+    finally:
+        del sys.modules["page"]
+        torch.set_grad_enabled(True)
+    return scope
+
+
+FAST = ("FluxPipeline", "StableDiffusionPipeline", "QwenImage21Pipeline")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in BUILD])
+def test_page_and_space_take_every_family(name, tmp_path, with_gradio):
+    """Both draw the export's picture."""
+    folder = one_of(name, tmp_path)
+    pipe = OneStepPipeline.from_pretrained(folder)
+    z, _ = page.noise(pipe.latent_shape(), [3])
+    with torch.no_grad():  # on white, where there is transparency
+        expected = pipe.decode(pipe("fire", latents=z, output_type="latent").images).clamp(0, 1)
+    model, content = parts(arguments(folder))
+    pixels, _ = page.pictures(model, "fire", [3])
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+    demo.main(arguments(folder, "--export_space", tmp_path / "space"))
+    scope = run_space(tmp_path / "space")
+    pixels, _ = scope["page"].pictures(scope["model"], "fire", [3])
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+
+
+def test_page_and_space_of_a_gguf_file(tmp_path, with_gradio):
+    """The Space holds the rounded network and not the other, and draws what the page draws."""
+    folder = one_of("ZImagePipeline", tmp_path)
+    pipe, file = OneStepPipeline.from_pretrained(folder), tmp_path / "apples.gguf"
+    write_gguf(file, original_layout(pipe.transformer, pipe.family.apps["original"]), "lumina2", "q8_0")
+    model, _ = parts(arguments(folder, "--gguf", file))
+    expected, _ = page.pictures(model, "fire", [3])
+    z, _ = page.noise(pipe.latent_shape(), [3])
+    unrounded = pipe("fire", latents=z, output_type="pt").images
+    assert 1e-6 < (expected - unrounded).abs().max() < 0.1
+    demo.main(arguments(folder, "--gguf", file, "--export_space", tmp_path / "space"))
+    files = {p.name for p in (tmp_path / "space" / "model" / "transformer").iterdir()}
+    assert files == {"config.json"} and "gguf==" in (tmp_path / "space" / "requirements.txt").read_text()
+    scope = run_space(tmp_path / "space")
+    pixels, _ = scope["page"].pictures(scope["model"], "fire", [3])
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+
+
+def test_wide_pictures(export, tmp_path, with_gradio):
+    model, _ = parts(arguments(export, "--resolution", "24x16"))
+    pixels, _ = page.pictures(model, "fire", [0])
+    assert pixels.shape == (1, 3, 16, 24)
+    with pytest.raises(Mistake, match="--resolution 25x16 cannot be made"):
+        parts(arguments(export, "--resolution", "25x16"))
+
+
 def test_a_space_for_zero_gpu_and_of_a_model_on_the_hub(tmp_path):
     space = tmp_path / "space"
     demo.main(arguments("me/apples", "--export_space", space, "--zero_gpu"))
@@ -187,6 +260,7 @@ def test_push_to_hub_creates_the_space(export, tmp_path, monkeypatch):
     [
         (["EXPORT", "--push_to_hub", "me/x"], "--push_to_hub needs --export_space"),
         (["EXPORT", "--reward", "beauty"], "unknown reward `beauty`"),
+        (["EXPORT", "--gguf", "apples.gguf"], "--gguf apples.gguf is no file"),
         (["EXPORT", "--gallery", "EMPTY"], "neither an evaluation.json"),
         (["EMPTY"], "has no model_index.json"),
     ],

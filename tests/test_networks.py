@@ -195,8 +195,9 @@ def test_gguf_network_draws(exports, name):
     quantised = OneStepPipeline.from_pretrained(export, transformer=network)
     images = draw(quantised)
     assert (images - draw(pipe)).abs().mean() < 0.05
-    parts = {k: v for k, v in quantised.components.items() if v is not None}  # `from_pipe` casts, which bytes refuse
-    stock, side = pipe.family.stock()(**parts), images.shape[-1]
+    scope, side = {"pipe": quantised}, images.shape[-1]
+    exec(pipe.family.stock_setup(), scope)  # as the card has it: `from_pipe` casts, which bytes refuse
+    stock = scope["stock"]
     z = torch.randn(2, *pipe.latent_shape(side, side), generator=torch.Generator().manual_seed(0))
     latents = {"latents": pipe.family.stock_latents(z), "height": side, "width": side, "output_type": "pt"}
     stock = stock(prompt=PROMPTS[:2], **pipe.family.stock_arguments(pipe), **latents).images

@@ -17,6 +17,7 @@ from diff_instruct.models.configs import (
     empty_network,
     grid_of,
     read_index,
+    sizes_of,
     text_encoders,
 )
 from diff_instruct.models.loading import load_generator, load_reference
@@ -185,6 +186,7 @@ def load(contender, models, resolution, cache_dir, dtype, device):
 
     Args:
         models: what `check` returned.
+        resolution: in pixels, of a side or WIDTHxHEIGHT; None is the model's own.
     """
     if models is None:
         Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
@@ -208,14 +210,15 @@ def load(contender, models, resolution, cache_dir, dtype, device):
 def one_step(pipe, resolution):
     """`load` of a OneStepPipeline, through its public call."""
     pipe.set_progress_bar_config(disable=True)
+    height, width = (sizes_of(resolution) or [(None, None)])[0]
 
     @torch.no_grad()
     def draw(prompts, n, z, generators):
-        size = {"height": resolution, "width": resolution, "num_images_per_prompt": n}
+        size = {"height": height, "width": width, "num_images_per_prompt": n}
         x0 = pipe(prompts, latents=z, generator=generators, output_type="latent", **size).images
         return pipe.decode(x0).clamp(0, 1)
 
-    return draw, pipe.latent_shape(resolution, resolution)
+    return draw, pipe.latent_shape(height, width)
 
 
 def multi_step(models, stock, contender, resolution):
@@ -223,10 +226,10 @@ def multi_step(models, stock, contender, resolution):
     grid, guidance = models.grid, contender.guidance
     if models.networks[models.denoiser].config.get("guidance_embeds"):  # what one calls guidance is its input
         models, guidance = replace(models, embedded_guidance=guidance), 1.0
-    side = resolution or grid.side
+    height, width = (sizes_of(resolution) or [(grid.side, grid.side)])[0]
 
     def draw(prompts, n, z, generators):
-        options = contender.steps, guidance, (side, side)
+        options = contender.steps, guidance, (height, width)
         return sample(models, stock, prompts, z, *options, num_images=n, generator=generators)
 
-    return draw, (grid.channels, side // grid.factor, side // grid.factor)
+    return draw, (grid.channels, height // grid.factor, width // grid.factor)

@@ -78,7 +78,7 @@ def label(figure, summary):
     if kind == "diversity":
         return "diversity"
     if kind == "heldout":
-        return f"{name or summary['arguments']['heldout_reward'].split()[0]} (not trained)"
+        return f"{name or shlex.split(summary['arguments']['heldout_reward'])[0]} (not trained)"
     if not summary["reward_scale"]:
         return f"{name or summary['arguments']['reward']} (not trained: reward scale 0)"
     return f"{name} (part of the reward)" if name else f"{summary['arguments']['reward']} (trained)"

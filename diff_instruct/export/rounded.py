@@ -5,12 +5,14 @@ network and keeps float32 in a GGUF, bfloat16 elsewhere, as vectors do.
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from diff_instruct.files import whole
 from diff_instruct.mistake import Mistake
+from diff_instruct.models.configs import read_index
 from diff_instruct.models.tensors import write_tensors
 
 
@@ -83,6 +85,31 @@ def write_gguf(path, layout, architecture, kind, gently=()):
         for name, part in layout.items():
             writer.write_tensor_data(gguf.quants.quantize(part().float().cpu().numpy(), types[name]))
         writer.close()
+
+
+def read_gguf(file, path, dtype, cache_dir=None):
+    """The network of a GGUF file of the export `path`, which computes in `dtype`.
+
+    Raises:
+        Mistake: if there is no such file, or diffusers reads none of the export's network.
+    """
+    import diffusers
+
+    check_gguf()
+    if not Path(file).is_file():
+        raise Mistake(f"--gguf {file} is no file: export_for_apps.py --write gguf writes one")
+    _, name = read_index(path, cache_dir=cache_dir).get("transformer", (None, None))
+    if name is None:
+        raise Mistake(f"--gguf {file}: {path} has no transformer, and of UNets there are no GGUF files here")
+    cls = getattr(diffusers, name)
+    config = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    where = {"config": str(path), "subfolder": "transformer", "quantization_config": config, "cache_dir": cache_dir}
+    try:
+        return cls.from_single_file(str(file), torch_dtype=dtype, **where)
+    except (AttributeError, ValueError, KeyError) as error:
+        raise Mistake(
+            f"--gguf {file}: diffusers reads it as no {cls.__name__} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def check_gguf():

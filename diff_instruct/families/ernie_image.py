@@ -65,10 +65,10 @@ class ErnieImage(Flux2Klein):
 
     @classmethod
     def stock_setup(cls):
-        return """\
-from diffusers import ErnieImagePipeline, FlowMatchEulerDiscreteScheduler
-scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-stock = ErnieImagePipeline.from_pipe(pipe, scheduler=scheduler)
+        return f"""\
+from diffusers import FlowMatchEulerDiscreteScheduler
+{super().stock_setup()}scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+stock.scheduler = scheduler
 sigmas, set_timesteps = [t / pipe.schedule.steps for t in pipe.timesteps], scheduler.set_timesteps
 scheduler.set_timesteps = lambda device=None, **_: set_timesteps(sigmas=sigmas, device=device)
 """

@@ -31,13 +31,13 @@ class SanaSprint(Sana):
 
     @classmethod
     def stock_setup(cls):
-        return """\
+        return f"""\
 import math
-from diffusers import SanaSprintPipeline, SCMScheduler
-stock = SanaSprintPipeline.from_pipe(pipe, scheduler=SCMScheduler())
+from diffusers import SCMScheduler
+{super().stock_setup()}stock.scheduler = SCMScheduler()
 sigmas = [t / pipe.schedule.steps for t in pipe.timesteps]
 angles = [*(math.atan2(s, 1 - s) for s in sigmas), 0.0]
-timesteps = {"timesteps": angles, "max_timesteps": None, "intermediate_timesteps": None}
+timesteps = {{"timesteps": angles, "max_timesteps": None, "intermediate_timesteps": None}}
 set_timesteps = stock.scheduler.set_timesteps  # the pipeline's own argument for them does not arrive
 stock.scheduler.set_timesteps = lambda n, device=None, **_: set_timesteps(n, device=device, **timesteps)
 """

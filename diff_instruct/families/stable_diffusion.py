@@ -30,14 +30,6 @@ class StableDiffusion(Family):
     def denoise(pipe, network, x_t, t, c):
         return network(x_t, t, encoder_hidden_states=c["encoder_hidden_states"].to(x_t.dtype), return_dict=False)[0]
 
-    @classmethod
-    def stock_setup(cls):
-        return """\
-from diffusers import LCMScheduler, StableDiffusionPipeline
-parts = {"scheduler": LCMScheduler.from_config(pipe.scheduler.config), "safety_checker": None}
-stock = StableDiffusionPipeline.from_pipe(pipe, **parts, feature_extractor=None, image_encoder=None)
-"""
-
     @staticmethod
     def original_text_encoders(pipe):
         """Text encoder to (layout, prefix) in a file of the original layout."""
