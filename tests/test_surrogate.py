@@ -110,6 +110,23 @@ def test_phi_learns_the_tilted_reference(schedule, a, b):
     assert learn(loss) == pytest.approx(DELTA / covered(schedule), rel=0.04)
 
 
+def test_reward_weighted_denoising_tilts_what_it_is_shown(schedule):
+    """The fast wrong answer beside the test above: exp(α_rew r) as weights of a denoising loss on the same pictures,
+    of q = N(b, a²), make q exp(α_rew r), which has the mean b + α_rew k a², wherever p_ref is."""
+    a, b = 0.5, -0.4
+
+    def loss(mean, rng):
+        batch = batch_of(schedule, 2048, rng)
+        x0 = a * batch.z + b
+        alpha, sigma = schedule(batch.t)
+        x_t = alpha * x0 + sigma * batch.eps
+        x0_hat = mean + alpha * a**2 / (alpha**2 * a**2 + sigma**2) * (x_t - alpha * mean)
+        weights = torch.softmax(ALPHA * reward(x0, None), dim=0)
+        return (weights * (x0_hat - x0).square().sum(dim=(1, 2, 3))).sum()
+
+    assert learn(loss) == pytest.approx(b + ALPHA * K * a**2, abs=0.01)  # and not μ + α_rew k S = 0.89
+
+
 def test_the_log_ratio_is_that_of_the_densities(schedule):
     """With every level of the range: log N(x; μ + δ, S) − log N(x; μ, S), in the mean over ε, but for the range."""
     t, log_snr = levels(schedule, LOW, HIGH)
@@ -299,6 +316,7 @@ def test_a_run_learns_and_is_resumed_exactly(command, tmp_path, options):
             trained(tmp_path / folder, n, name) for folder, n in (("whole", 1), ("whole", 3), ("parts", 3))
         )
         assert same(whole, parts) and not same(first, whole)
+    assert "2603.07700" in (tmp_path / "whole" / "README.md").read_text()
     assert history(tmp_path / "whole")[-1] == history(tmp_path / "parts")[-1]
 
 

@@ -104,6 +104,16 @@ METHODS = {
 }
 
 
+SURROGATE = Method(  # no preset: no numbers are known to suit
+    name="Diff-Instruct++ with a surrogate of the reward, as in TDM-R1",
+    arxiv="2603.07700",
+    key="luo2026tdmr1",
+    title="TDM-R1: Reinforcing Few-Step Diffusion Models with Non-Differentiable Reward",
+    authors="Luo, Yihong and Hu, Tianyang and Luo, Weijian and Tang, Jing",
+    defaults={"divergence": "ikl", "reward_mode": "surrogate"},
+)
+
+
 def method_of(args):
     """The [`Method`] that the arguments are, whatever `--preset` says."""
     rewarded = args.reward_scale or args.reward_ratio
@@ -111,4 +121,6 @@ def method_of(args):
         return METHODS["di*" if rewarded else "sim"]
     if args.reward_mode == "diffused" and rewarded:
         return METHODS["didr"]
+    if args.reward_mode == "surrogate" and rewarded:
+        return SURROGATE
     return METHODS["di++" if rewarded or args.cfg_scale != 1 else "di"]
