@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,12 @@ if __name__.startswith("diffusers_modules."):
     sys.modules.pop(__name__, None)  # or diffusers would run the file of the next export inside this module
 
 
-def device_of(module):
+def device_of(module: torch.nn.Module) -> torch.device:
     """Where a module computes: with accelerate's offloading its weights may be elsewhere, or nowhere yet."""
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None) or module.device
 
 
-def compute_dtype(network):
+def compute_dtype(network: torch.nn.Module) -> torch.dtype:
     """The dtype that a network computes in: of its first weight that is neither an adapter's, nor rounded to a
     quantised type, nor kept in float32."""
     left_out = (*(getattr(network, "_keep_in_fp32_modules", None) or ()), "lora_")
@@ -61,7 +62,7 @@ class Schedule:
         ValueError: for another prediction type.
     """
 
-    def __init__(self, scheduler, device="cpu"):
+    def __init__(self, scheduler: SchedulerMixin, device: str | torch.device = "cpu"):
         self.steps = scheduler.config.num_train_timesteps
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             self.sigmas = torch.arange(self.steps + 1, dtype=torch.float32) / self.steps
@@ -79,13 +80,13 @@ class Schedule:
             raise ValueError(f"prediction_type `{self.prediction_type}` is not one of epsilon, sample, v_prediction")
         self.alphas, self.sigmas = self.alphas.to(device), self.sigmas.to(device)
 
-    def __call__(self, t):
+    def __call__(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t, each (B, 1, 1, 1), of integer timesteps t (B,)."""
         if self.alphas.device != t.device:
             self.alphas, self.sigmas = self.alphas.to(t.device), self.sigmas.to(t.device)
         return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
 
-    def timesteps(self, u, low, high):
+    def timesteps(self, u: torch.Tensor, low: float, high: float) -> torch.Tensor:
         """π(t): t uniform on the integers of [low·T, high·T], both ends included, from u ~ U[0, 1), (B,).
 
         The ends where α or σ is 0 are left out: scores and weightings are infinite there.
@@ -93,12 +94,12 @@ class Schedule:
         first, last = max(round(low * self.steps), self.first), min(round(high * self.steps), self.noisiest)
         return first + (u * (last - first + 1)).long().to(self.alphas.device)
 
-    def add_noise(self, x0, eps, t):
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x0 + σ_t ε, all (B, C, H, W)."""
         alpha, sigma = self(t)
         return alpha * x0 + sigma * eps
 
-    def x0(self, output, x_t, t):
+    def x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The network's output to its estimate x̂0 of the clean latents, (B, C, H, W), float32."""
         (alpha, sigma), output, x_t = self(t), output.float(), x_t.float()
         if self.prediction_type == "epsilon":
@@ -109,7 +110,7 @@ class Schedule:
             return alpha * x_t - sigma * output
         return x_t - sigma * output
 
-    def epsilon(self, output, x_t, t):
+    def epsilon(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The network's output to its estimate ε̂ of the noise, (B, C, H, W), float32."""
         (alpha, sigma), output, x_t = self(t), output.float(), x_t.float()
         if self.prediction_type == "epsilon":
@@ -118,7 +119,7 @@ class Schedule:
             return x_t + alpha * output
         return (x_t - alpha * self.x0(output, x_t, t)) / sigma
 
-    def loss_weight(self, t):
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         """λ(t), (B, 1, 1, 1), of ‖ε̂ − ε‖² in the loss of a network of this kind: 1; for flow matching and v-prediction
         1/α_t², which makes it the plain loss ‖v̂ − v‖² (an unweighted one leaves the high noise levels, where x0 is
         made, unlearnt)."""
@@ -259,7 +260,7 @@ class OneStepPipeline(DiffusionPipeline):
         return config
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "OneStepPipeline":
         """A one-step pipeline around the parts of another: a stock pipeline of a family, or one made of an export.
 
         Args:
@@ -277,12 +278,12 @@ class OneStepPipeline(DiffusionPipeline):
         return super().from_pipe(pipeline, **{**parts, **known, **kwargs})
 
     @property
-    def denoiser(self):
+    def denoiser(self) -> ModelMixin | None:
         """The generator's network: the transformer or the UNet; None if there is none."""
         return self.unet if self.transformer is None else self.transformer
 
     @property
-    def num_timesteps(self):
+    def num_timesteps(self) -> int:
         """How many steps, and so evaluations of the network, a picture takes."""
         return len(self.timesteps)
 
@@ -298,7 +299,7 @@ class OneStepPipeline(DiffusionPipeline):
         """Decode one picture of a batch after the other; `pipe.vae.disable_slicing()` ends it."""
         self.vae.enable_slicing()
 
-    def latent_shape(self, height=None, width=None):
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H / f, W / f) of the latents of one image; by default, of the size that the generator was trained for.
 
         Raises:
@@ -314,7 +315,7 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be multiples of {grid.multiple}, but are {height} and {width}")
         return grid.channels, height // grid.factor, width // grid.factor
 
-    def encode_prompt(self, prompt):
+    def encode_prompt(self, prompt: str | list[str]) -> dict[str, torch.Tensor]:
         """The conditioning c of a prompt or a list of B prompts, which `pipe(prompt_embeds=c)` takes.
 
         Returns:
@@ -325,11 +326,13 @@ class OneStepPipeline(DiffusionPipeline):
         """
         return self.family.encode_prompt(self, [prompt] if isinstance(prompt, str) else prompt)
 
-    def encode_null(self):
+    def encode_null(self) -> dict[str, torch.Tensor]:
         """∅, one row: what the family's stock pipeline guides away from."""
         return self.family.encode_null(self)
 
-    def denoise(self, network, x_t, t, c):
+    def denoise(
+        self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """One evaluation of a network of this family: its prediction for noisy latents, in float32.
 
         Args:
@@ -343,11 +346,22 @@ class OneStepPipeline(DiffusionPipeline):
         """
         return self.family.denoise(self, network, x_t.to(compute_dtype(network)), t, c).float()
 
-    def estimate(self, network, x_t, t, c):
+    def estimate(
+        self, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x̂0 (B, C, H, W), float32, of one evaluation; the arguments are those of `denoise`."""
         return self.schedule.x0(self.denoise(network, x_t, t, c), x_t, t)
 
-    def generate(self, network, z, c, noise=(), step=None, on_step_end=lambda i, latents: latents, all_steps=False):
+    def generate(
+        self,
+        network: torch.nn.Module,
+        z: torch.Tensor,
+        c: dict[str, torch.Tensor],
+        noise: torch.Tensor | Sequence[torch.Tensor] = (),
+        step: torch.Tensor | None = None,
+        on_step_end: Callable[[int, torch.Tensor], torch.Tensor] = lambda i, latents: latents,
+        all_steps: bool = False,
+    ) -> torch.Tensor:
         """g_θ(z, c): latents x0 (B, C, H, W), float32, from unit noise z. Training and inference both call this.
 
         Of several steps only the one that gives a sample's x0 has a gradient.
@@ -383,12 +397,12 @@ class OneStepPipeline(DiffusionPipeline):
             x_t = on_step_end(i - 1, x_t)
         return on_step_end(further, self.estimate(network, x_t, t, c))
 
-    def decode(self, x0):
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), float32, nominally in [0, 1], of latents x0; differentiable, beyond that range, too.
         What is transparent lies on white."""
         return self.family.opaque(self.pixels(x0))
 
-    def pixels(self, x0):
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """As `decode`, not clamped, with transparency as a fourth channel where the model has it."""
         upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
         if upcast:
@@ -417,9 +431,9 @@ class OneStepPipeline(DiffusionPipeline):
         prompt_attention_mask_2: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end=None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
-    ):
+    ) -> ImagePipelineOutput | tuple:
         r"""
         Generate images in one network evaluation, or one for each of the config's timesteps.
 

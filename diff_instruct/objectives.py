@@ -15,9 +15,11 @@ two scores at the same x_t is (α / σ²) times the difference of two x̂0: no c
 Latents are (B, C, H, W), d = C·H·W; α_t and σ_t are (B, 1, 1, 1); everything is float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 KAPPA = 10.0
@@ -29,24 +31,24 @@ class Estimates(NamedTuple):
     """What scores are made of at (x_t, t): x̂0 of the TA and of the reference for c and for ∅, (B, C, H, W) each;
     α_cfg; w(t), α_t and σ_t, (B, 1, 1, 1) each."""
 
-    ta: torch.Tensor
-    cond: torch.Tensor
-    uncond: torch.Tensor
+    ta: Tensor
+    cond: Tensor
+    uncond: Tensor
     cfg_scale: float
-    w: torch.Tensor
-    alpha: torch.Tensor
-    sigma: torch.Tensor
+    w: Tensor
+    alpha: Tensor
+    sigma: Tensor
 
 
 class Guided(NamedTuple):
     """The reference's estimates x̂0, each (B, C, H, W): of c, of ∅, and guided, ∅ + α_cfg (c − ∅)."""
 
-    cond: torch.Tensor
-    uncond: torch.Tensor
-    guided: torch.Tensor
+    cond: Tensor
+    uncond: Tensor
+    guided: Tensor
 
 
-def denoising_loss(eps_hat, eps, loss_weight=1.0):
+def denoising_loss(eps_hat: Tensor, eps: Tensor, loss_weight: Tensor | float = 1.0) -> Tensor:
     """λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖², that is λ'(t) ‖ε̂_ψ − ε‖² with λ' = λ/σ²; the mean over elements.
 
     `loss_weight` is λ'(t), (B, 1, 1, 1): 1 makes λ = σ².
@@ -54,12 +56,12 @@ def denoising_loss(eps_hat, eps, loss_weight=1.0):
     return (loss_weight * (eps_hat - eps) ** 2).mean()
 
 
-def guide(x0_cond, x0_uncond, cfg_scale):
+def guide(x0_cond: Tensor, x0_uncond: Tensor, cfg_scale: float) -> Tensor:
     """Classifier-free guidance, ∅ + α_cfg (c − ∅): α_cfg = 1 means none. Linear, so it guides x̂0, ε̂ and s alike."""
     return x0_uncond + cfg_scale * (x0_cond - x0_uncond)
 
 
-def weight(weighting, alpha, sigma, x0, x0_ref):
+def weight(weighting: str, alpha: Tensor, sigma: Tensor, x0: Tensor, x0_ref: Tensor) -> Tensor:
     """w(t), (B, 1, 1, 1), of the integral KL divergence; x̃0_ref is the guided reference's estimate.
 
     `score`: 1; `eps`: σ/α; `x0`: σ²/α²; `dmd`: σ²/α² over the mean of abs(x0 − x̃0_ref) of the sample (as in DMD).
@@ -84,12 +86,12 @@ def weight(weighting, alpha, sigma, x0, x0_ref):
     return w.detach() * KAPPA / d**0.5
 
 
-def score_difference(x0_a, x0_b, alpha, sigma):
+def score_difference(x0_a: Tensor, x0_b: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """s_a − s_b at the same x_t = (α / σ²)(x̂0_a − x̂0_b), (B, C, H, W)."""
     return alpha / sigma**2 * (x0_a - x0_b)
 
 
-def ikl_gradient(e):
+def ikl_gradient(e: Estimates) -> tuple[Tensor, Tensor]:
     """∂x_t/∂x0 · w(t) (s_ψ − s̃_ref), the gradient of the integral KL at x0, in its two parts, each (B, C, H, W).
 
     Args:
@@ -105,7 +107,7 @@ def ikl_gradient(e):
     return (e.w * e.alpha * divergence).detach(), (e.w * e.alpha * guidance).detach()
 
 
-def distance_gradient(y, distance, huber_c):
+def distance_gradient(y: Tensor, distance: str, huber_c: float) -> Tensor:
     """d'(y), (B, C, H, W), of a distance d of each sample's difference of scores y (SIM, DI*).
 
     `pseudo_huber`: d(y) = √d (sqrt(‖y‖² + c²) − c) with c = `huber_c` √d, which makes d'(y) =
@@ -123,7 +125,9 @@ def distance_gradient(y, distance, huber_c):
     raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, but is {distance}")
 
 
-def score_gradient(x0, e, distance="pseudo_huber", huber_c=0.01, guidance="inside"):
+def score_gradient(
+    x0: Tensor, e: Estimates, distance: str = "pseudo_huber", huber_c: float = 0.01, guidance: str = "inside"
+) -> tuple[Tensor, Tensor]:
     """The gradient at x0 of the score-based divergence w'(t) E d(y_t), y_t = s_ψ(x_t) − s̃_ref(x_t) (SIM, DI*).
 
     It is that of w'(t) ⟨−d'(y_t), s_ψ(x_t) − ∇ log p(x_t | x0)⟩, where x_t = α x0 + σ ε carries gradient through both
@@ -152,7 +156,7 @@ def score_gradient(x0, e, distance="pseudo_huber", huber_c=0.01, guidance="insid
     return torch.autograd.grad(loss.sum(), x0)[0], outside
 
 
-def denoise(x0_ref, x_t, t, estimate, schedule, steps):
+def denoise(x0_ref: Tensor, x_t: Tensor, t: Tensor, estimate: Callable, schedule: Callable, steps: int) -> Tensor:
     """D_k(x_t, c), (B, C, H, W): k = `steps` deterministic (DDIM, η = 0) steps from t to clean latents.
 
     Args:
@@ -171,7 +175,9 @@ def denoise(x0_ref, x_t, t, estimate, schedule, steps):
     return x0
 
 
-def reward_gradient(x0, prompts, reward, decode, batch_size=None):
+def reward_gradient(
+    x0: Tensor, prompts: list[str], reward: Callable, decode: Callable, batch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """r(x0, c) of every sample, (B,), and ∇_{x0} r, (B, C, H, W), through the decoder, `batch_size` samples at a time
     (None: all at once).
 
@@ -186,7 +192,15 @@ def reward_gradient(x0, prompts, reward, decode, batch_size=None):
     return torch.cat(rewards), torch.cat(gradients)
 
 
-def diffused_reward_gradient(x0, denoised, w, prompts, reward, decode, batch_size=None):
+def diffused_reward_gradient(
+    x0: Tensor,
+    denoised: Tensor,
+    w: Tensor,
+    prompts: list[str],
+    reward: Callable,
+    decode: Callable,
+    batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """r(D_k(x_t, c), c), (B,), and w(t) α ∇_{x_t} r(D_k(x_t, c), c), (B, C, H, W) (DIDR, arXiv 2605.24001).
 
     α_rew times it is w α s_r: the target score becomes s̃_ref + s_r, that of p_ref(x0 | c) exp(α_rew r(x0, c)). So
