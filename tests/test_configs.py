@@ -202,7 +202,8 @@ def recipes():
 
 @pytest.mark.parametrize("command", recipes())
 def test_recipes(command, monkeypatch, tmp_path, read_once):
-    """Every command parses, names an accelerate config that exists, and is planned on the published architecture."""
+    """Every command parses, names an accelerate config that exists, and fits the published architecture. It is planned
+    on it, but for those that are dry runs, which are of the recipes' models."""
     words = shlex.split(command)
     script = words.index("train_diff_instruct_pp.py")
     config = words[words.index("--config_file") + 1]
@@ -214,7 +215,7 @@ def test_recipes(command, monkeypatch, tmp_path, read_once):
     args.pretrained_model_name_or_path = str(ARCHITECTURES / hub_id.split("/")[1])
     args.pretrained_generator_name_or_path = args.pretrained_generator_lora = None
     models = models_of(args)
-    assert sum(plan(args, models, "bf16")["generator"].values()) > 2e8
+    assert args.dry_run or sum(plan(args, models, "bf16")["generator"].values()) > 2e8
     before_flow = {"PixArtAlphaPipeline": 400, "StableDiffusionPipeline": 625, "StableDiffusionXLPipeline": 399}
     assert models.timestep == (several or before_flow.get(models.family.name, 1000))
 
