@@ -24,6 +24,7 @@ from diff_instruct.training.environment import usable_cores
 
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "train_diff_instruct_pp.py"
 COMMON = (
     "--validation_steps 25 --num_eval_prompts 16 --logging_steps 5 "
     "--checkpointing_steps 25 --checkpoints_total_limit 1"
@@ -69,7 +70,7 @@ def core_of(cores):
         cores.put(core)
 
 
-def train(settings, args):
+def train(settings, args, script=SCRIPT):
     """Train the arguments of all `settings` with every seed, each run on a core of its own."""
     common = f"--max_train_steps {args.max_train_steps} {COMMON}"
     jobs = {
@@ -77,11 +78,12 @@ def train(settings, args):
         for seed in range(args.seeds)
         for arguments in settings.values()
     }
-    train_in(jobs, args.at_once)
+    train_in(jobs, args.at_once, script)
 
 
-def train_in(jobs, at_once):
-    """The training script with the arguments of every folder in `jobs`, unless it has finished there.
+def train_in(jobs, at_once, script=SCRIPT):
+    """The training script with the arguments of every folder in `jobs`, unless it has finished there. The processor
+    time of what ran last in a folder is kept beside it, in seconds.
 
     Raises:
         RuntimeError: if a run fails; no more are begun then.
@@ -94,14 +96,17 @@ def train_in(jobs, at_once):
     def one(folder, arguments):
         if not (folder / "training_summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "train_diff_instruct_pp.py", "--output_dir", str(folder), *arguments.split()]
+            command = [sys.executable, script, "--output_dir", str(folder), *arguments.split()]
             resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoint-*")) else []
             with (folder / "log.txt").open("a") as log, core_of(cores) as core:
                 run = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=log, stderr=log)
                 if core is not None:
                     os.sched_setaffinity(run.pid, {core})
-                if run.wait():
+                _, status, used = os.wait4(run.pid, 0)
+                run.returncode = os.waitstatus_to_exitcode(status)
+                if run.returncode:
                     raise RuntimeError(f"{shlex.join(command)} failed; see {folder}/log.txt")
+            (folder / "processor_seconds.txt").write_text(f"{used.ru_utime + used.ru_stime:.1f}\n")
         bar.update()
 
     with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(at_once) as pool:

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from diff_instruct.objectives import KAPPA
 from diff_instruct.training.arguments import parse_args
 from pocket import build
+from pocket.world import caption
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import black_box  # noqa: E402
 import divergence_norms  # noqa: E402
 import five_methods  # noqa: E402
 import five_settings  # noqa: E402
@@ -25,8 +28,10 @@ import mode_seeking  # noqa: E402
 import one_change  # noqa: E402
 import pocket_runs as runs  # noqa: E402
 import pocket_tables as tables  # noqa: E402
+import rivals  # noqa: E402
 import start_from_pairs  # noqa: E402
 import timesteps  # noqa: E402
+from looks import looks  # noqa: E402
 
 
 AT_625 = timesteps.settings_of(625, Namespace(work_dir="runs"))
@@ -34,7 +39,12 @@ EXPERIMENTS = [five_settings.SETTINGS, five_methods.SETTINGS, *one_change.QUESTI
 EXPERIMENTS.append(start_from_pairs.FIRST | start_from_pairs.variants("runs/pairs"))
 
 
-def test_settings_are_arguments_and_differ(tmp_path):
+WITHOUT_RIVALS = {k: v.partition(" --rival")[0] for k, v in black_box.SETTINGS.items() if "smoothing" not in k}
+EXPERIMENTS.append(WITHOUT_RIVALS)
+
+
+def test_settings_are_arguments_and_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for settings in EXPERIMENTS:
         parsed = [
             vars(parse_args([*runs.COMMON.split(), *arguments.split(), "--output_dir", str(tmp_path)]))
@@ -75,6 +85,29 @@ def test_norms_of_each_divergence_are_printed(monkeypatch, capsys):
     divergence_norms.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and all(float(cell) > 0 for row in rows[2:] for cell in row.split("|")[2:4])
+
+
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_rivals_find_the_slope_of_numbers(monkeypatch, rival):
+    """Of r = the mean of one channel, after a few batches: the gradient has that direction, and the size of κ."""
+    monkeypatch.setattr(rivals.Smoothing, "draws", 100)
+    torch.manual_seed(0)
+    term = rivals.RIVALS[rival](lambda pixels, prompts: pixels[:, 0].mean(dim=(1, 2)), lambda x0: x0)
+    for _ in range(4):
+        x0 = torch.randn(32, 4, 8, 8) + torch.randn(32, 4, 1, 1)
+        batch = Namespace(prompts=["c"] * 32, c={"encoder_hidden_states": torch.ones(32, 2, 3)})
+        gradient = term.gradient(Namespace(x0=x0.requires_grad_(), batch=batch, figures={}))["reward"]
+    assert gradient.flatten(1).norm(dim=1).mean() == pytest.approx(KAPPA, rel=1e-4)
+    means = gradient.mean(dim=(0, 2, 3))
+    assert means[0] < 0 and means[0].abs() > 3 * means[1:].abs().max()
+
+
+def test_looks_counts_background_and_colour(monkeypatch):
+    """A plain red square on white: right, half right, of no colour said, no sentence."""
+    pixels = torch.ones(4, 3, 48, 48)
+    pixels[:, 1:, 16:32, 16:32] = 0
+    said = [caption("fish", "red", "white"), caption("fish", "blue", "white"), caption("fish", None, "white"), "what"]
+    assert looks(pixels, said) == [1, 0.5, 1, 0]
 
 
 def test_one_run_serves_all_who_ask_for_it():
@@ -141,11 +174,12 @@ def test_a_run_that_fails_ends_the_experiment(tmp_path, monkeypatch):
         def __init__(self, command, **_):
             begun.append(command)
 
-        def wait(self):
-            time.sleep(0.2)
-            return 1
+    def wait4(*_):
+        time.sleep(0.2)
+        return 0, 1 << 8, None
 
     monkeypatch.setattr(runs.subprocess, "Popen", Process)
+    monkeypatch.setattr(runs.os, "wait4", wait4)
     monkeypatch.setattr(runs.os, "sched_setaffinity", lambda *_: None, raising=False)
     args = Namespace(work_dir=tmp_path, max_train_steps=1, seeds=9, at_once=1)
     with pytest.raises(RuntimeError, match=r"see .*cfg_scale-1-0/log.txt"):
