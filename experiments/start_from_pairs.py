@@ -24,7 +24,7 @@ STEPS = pocket_defaults(None)[0]["max_train_steps"]
 OF_PAIRS = f"--num_pairs 1024 --pair_sampler_steps 12 --pair_cfg_scale {BEST_GUIDANCE}"
 FIRST = {"the first command": runs.setting(4.5, 10, None)}
 ANCHORS = (1,)
-REWARDS = (1, 30)
+REWARDS = (30,)
 CHANGES = {
     "w(t) `dmd`": runs.setting(4.5, 10, None, "--weighting dmd"),
     "guidance at the lower half": runs.setting(4.5, 10, "0 0.5"),
