@@ -39,6 +39,7 @@ def variants(pairs):
     return {
         **{f"α_rew {r}": runs.setting(4.5, r, None) for r in REWARDS},
         **{f"anchor {a}": runs.setting(4.5, 10, None, changes) for a, changes in anchored.items()},
+        **{f"anchor {a}, α_rew 30": runs.setting(4.5, 30, None, changes) for a, changes in anchored.items()},
         **CHANGES,
         "SIM, the pocket's preset": "--preset sim",
         "DI*, the pocket's preset": "--preset di*",
