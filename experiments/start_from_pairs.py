@@ -48,16 +48,13 @@ def variants(pairs):
 
 def picture(scores, file):
     """Truth against diversity: a point for each seed."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    for label, values in scores.items():
+    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    for i, (label, values) in enumerate(scores.items()):
         x, y = (values[k].flatten(1).nanmean(dim=1) for k in ("diversity", "truth"))
-        axis.scatter(x, y, s=30)
-        axis.annotate(
-            label.replace("`", ""), (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+        axis.scatter(x, y, s=40, marker="os^v"[i // 4], color=f"C{i % 10}", label=label.replace("`", ""))
     axis.set(xlabel="diversity within a prompt", ylabel=METRICS["truth"])
-    axis.margins(x=0.15, y=0.1)
     axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
