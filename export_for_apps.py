@@ -24,7 +24,7 @@ from diff_instruct.export.kohya import folded_lora, kohya_lora, original_lora
 from diff_instruct.export.layouts import single_file, unet_layout, vae_layout
 from diff_instruct.export.original import original_layout
 from diff_instruct.export.rounded import GGUF_TYPES, check_gguf, write_bfloat16, write_fp8, write_gguf
-from diff_instruct.export.stock import stock_pipeline
+from diff_instruct.export.stock import save_stock
 from diff_instruct.families import find_family
 from diff_instruct.files import NotWritten, check_apart, whole, whole_folder, write_text
 from diff_instruct.mistake import Mistake
@@ -127,7 +127,7 @@ def write(pipe, path, folder, name, kinds, prompt, gguf_types=()):
         written.append(f"{name}_workflow.json")
     if "diffusers" in kinds:
         with whole_folder(folder / f"{name}_diffusers") as aside:
-            stock_pipeline(pipe).save_pretrained(aside)
+            save_stock(pipe, aside)
         written.append(f"{name}_diffusers")
     notes = ""
     if app.half_overflows and pipe.vae.config.force_upcast and "single_file" in kinds:

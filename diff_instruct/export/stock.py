@@ -1,6 +1,12 @@
 """An export as the stock pipeline of its family."""
 
+from pathlib import Path
+
 from diffusers import LCMScheduler
+from safetensors.torch import save_file
+from transformers import CLIPTextModel
+
+from diff_instruct.export.layouts import clip_state
 
 
 def stock_pipeline(pipe):
@@ -17,3 +23,13 @@ def stock_pipeline(pipe):
     if "safety_checker" in family.unused:
         parts["requires_safety_checker"] = False
     return family.stock()(**parts, **dict.fromkeys(family.unused))
+
+
+def save_stock(pipe, folder):
+    """The stock pipeline in a folder, CLIP by the names that every version of transformers reads: newer ones (5.23)
+    write them without a prefix, and older ones (5.5) take those for missing and draw the weights at random."""
+    stock_pipeline(pipe).save_pretrained(folder)
+    for name, part in pipe.components.items():
+        if isinstance(part, CLIPTextModel):
+            state = {key: weight.contiguous() for key, weight in clip_state(part).items()}
+            save_file(state, Path(folder) / name / "model.safetensors", metadata={"format": "pt"})
