@@ -44,6 +44,10 @@ QUESTIONS = {
         "α_rew 100": runs.setting(4.5, 100, "0 0.5"),
         "α_rew 10,000": runs.setting(4.5, 10_000, "0 0.5"),
     },
+    "guard": {
+        "α_rew 10,000": runs.setting(4.5, 10_000, None),
+        "with --norm_guard 1000": runs.setting(4.5, 10_000, None, "--norm_guard 1000"),
+    },
     "suspects": {
         "4.5 at all levels": runs.setting(4.5, 10),
         "at the lower half": changed(),
@@ -90,7 +94,7 @@ def main():
         first, *others = settings
         _, pictures, prompts = tables(settings, [(label, first) for label in others], f"{file}.md", args)
         curves(settings, args, f"{file}.png")
-        if question in ("reward", "brake"):
+        if question in ("reward", "brake", "guard"):
             text = distances(settings, args)
             print(text)
             with Path(f"{file}.md").open("a") as table:
