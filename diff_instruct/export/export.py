@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import get_peft_model_state_dict
 
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS, write_card
+from diff_instruct.export.stock import rename_clip
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.lora import merged
 from diff_instruct.models.sharding import whole
@@ -59,9 +60,8 @@ def save_part(models, pipe, name, folder):
         own_vae = name == "vae" and models.vae is not None
         source, where, first = (models.vae, "", "plain") if own_vae else (models.reference, name, "named")
         part = type(part).from_pretrained(source.path, subfolder=where, **options(source, where, first))
-        part.save_pretrained(folder)
-    else:
-        part.save_pretrained(folder)
+    part.save_pretrained(folder)
+    rename_clip({"": part}, folder)
 
 
 def export(args, models, pipe, summary, prompts, pictures, license, folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import init_empty_weights
 
 from diff_instruct.export import page
+from diff_instruct.export.stock import rename_clip
 from diff_instruct.files import NEW, PARTIAL, whole_folder
 from diff_instruct.mistake import Mistake
 
@@ -125,6 +126,7 @@ def write_space(folder, title, text, examples, pipe=None, hub_model=None, zero_g
             pipe.register_modules(transformer=None)
         if hub_model is None:
             pipe.save_pretrained(aside / "model")
+            rename_clip(pipe.components, aside / "model")
         shutil.copyfile(page.__file__, aside / "page.py")
         (aside / "app.py").write_text(app)
         (aside / "requirements.txt").write_text("\n".join([*needs, *(["spaces"] if zero_gpu else [])]) + "\n")

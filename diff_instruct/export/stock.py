@@ -25,11 +25,17 @@ def stock_pipeline(pipe):
     return family.stock()(**parts, **dict.fromkeys(family.unused))
 
 
-def save_stock(pipe, folder):
-    """The stock pipeline in a folder, CLIP by the names that every version of transformers reads: newer ones (5.23)
-    write them without a prefix, and older ones (5.5) take those for missing and draw the weights at random."""
-    stock_pipeline(pipe).save_pretrained(folder)
-    for name, part in pipe.components.items():
+def rename_clip(parts, folder):
+    """CLIP, where it is among the parts that were saved in a folder, by the names that every version of transformers
+    reads: newer ones (5.23) write them without a prefix; older ones (5.5) take those for missing and draw the weights
+    at random, with a warning."""
+    for name, part in parts.items():
         if isinstance(part, CLIPTextModel):
             state = {key: weight.contiguous() for key, weight in clip_state(part).items()}
             save_file(state, Path(folder) / name / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_stock(pipe, folder):
+    """The stock pipeline in a folder."""
+    stock_pipeline(pipe).save_pretrained(folder)
+    rename_clip(pipe.components, folder)
