@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train_diff_instruct_pp as script
 from diff_instruct.export.card import stock_call
