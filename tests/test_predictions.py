@@ -16,8 +16,8 @@ from tests.families import SIDES, save
 ARCHITECTURES = sorted(Path(__file__).resolve().parents[1].glob("benchmarks/architectures/*/model_index.json"))
 
 
-# masks that are asked for lengths, chats, three tokenizers, quoted text; the others behave as one of these
-IN_SHORT = ("Lumina2Pipeline", "ZImagePipeline", "StableDiffusion3Pipeline", "HunyuanImagePipeline")
+# masks that are asked for lengths, chats, three tokenizers, quoted text, a processor; others behave as one of these
+IN_SHORT = "Lumina2Pipeline ZImagePipeline StableDiffusion3Pipeline HunyuanImagePipeline QwenImage21Pipeline".split()
 
 
 @pytest.mark.parametrize(

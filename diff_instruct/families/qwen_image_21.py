@@ -45,7 +45,7 @@ class QwenImage21(QwenImage):
         (_, _, height, width), time = x_t.shape, t.to(x_t.dtype) / pipe.schedule.steps
 
         def output(x_t, time, c):
-            slots = torch.arange(len(c) + height * width // 4, device=c.device) >= len(c)
+            slots = torch.arange(len(c) + height * width // 4, device=c.device, dtype=torch.int64) >= len(c)
             output = network(
                 hidden_states=cls.tokens(x_t),
                 timestep=time,

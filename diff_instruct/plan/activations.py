@@ -83,7 +83,7 @@ def of_mask(index):
 
 
 class Tokens:
-    """Any tokenizer: as many tokens as there can be.
+    """Any tokenizer, or the processor that holds it: as many tokens as there can be.
 
     Args:
         text_encoder: whose tokens they are; None: there is none.
@@ -93,13 +93,18 @@ class Tokens:
         config = getattr(text_encoder, "config", None)
         self.model_max_length = min(getattr(config, "max_position_embeddings", None) or 77, 77)
 
+    @property
+    def tokenizer(self):
+        return self
+
     def encode(self, text):
         return [1] * len(text.split())
 
     def apply_chat_template(self, messages, tokenize=True, **options):
         return self([messages], **options) if tokenize else "a"
 
-    def __call__(self, prompt, max_length=None, **_):
+    def __call__(self, prompt=None, max_length=None, text=None, **_):
+        prompt = text if prompt is None else prompt
         with unset_fake_temporarily():
             tokens = torch.ones(len(prompt), max_length or self.model_max_length, dtype=torch.long)
         return BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
@@ -200,6 +205,7 @@ def hollow_actors(args, models, roles, dtype, autocast, fake):
     )
     for place in ("", "_2", "_3"):
         setattr(pipe, f"tokenizer{place}", Tokens(getattr(pipe, f"text_encoder{place}")))
+    pipe.processor = pipe.tokenizer
     return pipe, {role.name: Denoiser(pipe, network_of[role.name], role.adapter, autocast) for role in roles}
 
 

@@ -95,6 +95,8 @@ def check_checkpoint(path, args, num_processes):
         raise Mistake(f"--resume_from_checkpoint: {path} cannot be used: {why}; name an earlier one, or remove it")
     manifest = json.loads((path / MANIFEST).read_text())
     then, now = manifest["arguments"], arguments_of(args)
+    if then["lora_rank"] and then["pretrained_generator_name_or_path"] != "None":
+        then = {"share_base": False, **then}  # where it is not recorded, such generators had a base of their own
     if manifest["processes"] != num_processes:
         before = manifest["processes"] * math.prod(then[k] for k in SHARED)
         here = num_processes * math.prod(now[k] for k in SHARED)
