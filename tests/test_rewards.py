@@ -441,7 +441,7 @@ def test_a_checkpoint_that_is_incomplete_or_not_only_tensors(tmp_path, make):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2, hpsv2.1, pickscore"),
+        (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2, hpsv2.1, hpsv3, pickscore"),
         (["--heldout_reward", "beauty"], "unknown reward `beauty`"),
         (["--reward", "clip:much"], "after the colon comes a finite number"),
         (["--reward", "/nowhere/mine.py:f"], "no such file: /nowhere/mine.py"),
