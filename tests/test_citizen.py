@@ -12,6 +12,8 @@ from tests.families import BUILD, FAMILY, SIDES, save
 from tests.tiny import PROMPTS
 
 
+# a UNet of one and of two text encoders, a plain transformer, one with modulation, one that guidance enters
+IN_SHORT = "StableDiffusionPipeline StableDiffusionXLPipeline SanaPipeline FluxPipeline ZImagePipeline".split()
 WITH_LORA = [name for name in BUILD if FAMILY[name].has_lora_files()]
 
 
@@ -89,7 +91,7 @@ def style_lora(pipe, file, seed, rank=2):
     return str(file)
 
 
-@pytest.mark.parametrize("name", WITH_LORA)
+@pytest.mark.parametrize("name", [n if n in IN_SHORT else pytest.param(n, marks=pytest.mark.slow) for n in WITH_LORA])
 def test_style_loras_on_top(stocks, name, tmp_path):
     """At scales 0, 0.5 and 1, two together, fused, unloaded: what the stock pipeline draws with the same calls."""
     files = [style_lora(OneStepPipeline.from_pipe(stocks(name)), tmp_path / f"{i}.safetensors", i) for i in (1, 2)]

@@ -62,6 +62,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tmp_path, launc
     for key in ("reward_before", "reward_after", "heldout_after", "diversity_after"):
         assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-4)
 
-    launch([*two, "--resume_from_checkpoint", "latest"], tmp_path / "log")
+    forked([*two, "--resume_from_checkpoint", "latest"], tmp_path / "log")
     again = weights(tmp_path / "two")
     assert all(torch.equal(both[key], again[key]) for key in both)

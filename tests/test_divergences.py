@@ -70,7 +70,7 @@ def move_full_ta(actors):
 @pytest.mark.parametrize("method", [SCORE, DIDR])
 @pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]])
 def test_lora_gradient_equals_that_of_the_merged_network(
-    tiny_args, tmp_path, monkeypatch, watch, method, checkpointing
+    quick_args, tmp_path, monkeypatch, watch, method, checkpointing
 ):
     """LoRA's TA and reference are one module: its adapters must be as they were when a block is run again."""
     still = ["--ta_learning_rate", 1e-30, "--max_train_steps", 1, "--adam_epsilon", 1e-3, *method]
@@ -79,7 +79,7 @@ def test_lora_gradient_equals_that_of_the_merged_network(
     for name, move, options in (("lora", move_ta, lora), ("merged", move_full_ta, [])):
         with monkeypatch.context() as m:
             watch_actors(m, move)
-            run([*tiny_args, *still, *options, "--output_dir", tmp_path / name])
+            run([*quick_args, *still, *options, "--output_dir", tmp_path / name])
         gradients[name] = [watch["gradients"].pop() for _ in range(len(watch["gradients"]))]
     assert len(gradients["lora"]) == (1 if method is SCORE else 2)
     for one, other in zip(gradients["lora"], gradients["merged"]):
@@ -92,7 +92,7 @@ def test_lora_gradient_equals_that_of_the_merged_network(
 
 @pytest.mark.parametrize("options", [[], ["--ta_lora_rank", 2], ["--ta_lora_rank", 2, "--lora_rank", 2]])
 @pytest.mark.parametrize("method", [[], SCORE, DIDR])
-def test_generator_s_step_leaves_no_gradient_on_ta_and_reference(tiny_args, monkeypatch, watch, method, options):
+def test_generator_s_step_leaves_no_gradient_on_ta_and_reference(quick_args, monkeypatch, watch, method, options):
     found, step = [], Trained.step
 
     def watched(self):
@@ -104,25 +104,25 @@ def test_generator_s_step_leaves_no_gradient_on_ta_and_reference(tiny_args, monk
         return step(self)
 
     monkeypatch.setattr(Trained, "step", watched)
-    run([*tiny_args, "--max_train_steps", 2, *method, *options])
+    run([*quick_args, "--max_train_steps", 2, *method, *options])
     assert found and all(found)
 
 
 @pytest.mark.parametrize(
     "method, reference_calls", [([], 1), ([*SCORE], 1), ([*DIDR], 2), ([*DIDR, "--cfg_scale", 1], 2)]
 )
-def test_no_network_runs_twice(tiny_args, watch, method, reference_calls):
+def test_no_network_runs_twice(quick_args, watch, method, reference_calls):
     """An iteration: the TA once in each network's step, the reference once, for c and ∅ together (k times for D_k)."""
-    run([*tiny_args, "--max_train_steps", 1, *method])
+    run([*quick_args, "--max_train_steps", 1, *method])
     assert watch["trained"] == [2, reference_calls]
 
 
 @pytest.mark.parametrize("method", [[], SCORE, DIDR])
-def test_guidance_acts_within_its_interval_alone(tiny_args, watch, method):
+def test_guidance_acts_within_its_interval_alone(quick_args, watch, method):
     """Below every t of π(t): the gradient of no guidance, to rounding; and another one with guidance everywhere."""
     gradients = []
     for options in (["--cfg_interval", 0, 0.01], ["--cfg_scale", 1], []):
-        run([*tiny_args, "--max_train_steps", 1, "--overwrite_output_dir", *method, *options])
+        run([*quick_args, "--max_train_steps", 1, "--overwrite_output_dir", *method, *options])
         gradients.append(watch["gradients"][0].sum(dim=0))
         watch["gradients"].clear()
     outside, none, everywhere = gradients
@@ -131,10 +131,10 @@ def test_guidance_acts_within_its_interval_alone(tiny_args, watch, method):
     assert (everywhere - none).abs().max() > 0.1 * size
 
 
-def test_checkpointing_runs_the_blocks_of_both_networks_again(tiny_args, watch):
+def test_checkpointing_runs_the_blocks_of_both_networks_again(quick_args, watch):
     calls = []
     for extra in ([], ["--gradient_checkpointing"]):
-        run([*tiny_args, "--max_train_steps", 1, "--overwrite_output_dir", *SCORE, *extra])
+        run([*quick_args, "--max_train_steps", 1, "--overwrite_output_dir", *SCORE, *extra])
         calls.append(watch["trained"])
         watch["calls"].clear()
     assert calls == [[2, 1], [4, 2]]
@@ -183,18 +183,18 @@ def test_roles_put_back_what_they_found(tiny_model):
     assert min((one - two).abs().max(), (one - three).abs().max(), (two - three).abs().max()) > 1e-3
 
 
-def test_diffused_reward_does_not_depend_on_the_micro_batch(tiny_args, tmp_path):
+def test_diffused_reward_does_not_depend_on_the_micro_batch(quick_args, tmp_path):
     for size in (1, 2):
         options = ["--max_train_steps", 2, "--reward_batch_size", size, "--adam_epsilon", 1e-3, *DIDR]
-        run([*tiny_args, *options, "--output_dir", tmp_path / str(size)])
+        run([*quick_args, *options, "--output_dir", tmp_path / str(size)])
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", METHODS)
-def test_every_preset_runs(tiny_args, tmp_path, preset):
-    run([*tiny_args, "--preset", preset, "--max_train_steps", 2])
+def test_every_preset_runs(quick_args, tmp_path, preset):
+    run([*quick_args, "--preset", preset, "--max_train_steps", 2])
     history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     rows = [row for row in history if "ta_loss" in row]
     rewarded = METHODS[preset].defaults.get("reward_scale") != 0

@@ -31,7 +31,7 @@ NAMES = {
 }
 STOCK = {key: FAMILY[name] for key, name in NAMES.items()}
 MORE = "pixart_sigma", "kolors"  # whose networks are those of others: what takes long is slow
-TRAINED = [pytest.param(key, marks=pytest.mark.slow) if key in MORE else key for key in STOCK]
+TRAINED = [pytest.param(key, marks=pytest.mark.slow) if key in (*MORE, "sd2") else key for key in STOCK]
 T_STAR = {"pixart": 400, "pixart_sigma": 400, "sd": 625, "sd2": 625, "sdxl": 399, "kolors": 399}
 
 

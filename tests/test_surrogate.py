@@ -302,7 +302,14 @@ def command(quick_args, tmp_path):
 LORA = ["--lora_rank", 2, "--ta_lora_rank", 2, "--surrogate_lora_rank", 2]
 
 
-@pytest.mark.parametrize("options", [[], LORA, ["--generator_steps", 2, "--gradient_accumulation_steps", 2, *LORA]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(LORA, marks=pytest.mark.slow),
+        ["--generator_steps", 2, "--gradient_accumulation_steps", 2, *LORA],
+    ],
+)
 def test_a_run_learns_and_is_resumed_exactly(command, tmp_path, options):
     options = [*command, *options, "--checkpointing_steps", 1]
     run([*options, "--max_train_steps", 3, "--output_dir", tmp_path / "whole"])
