@@ -695,12 +695,18 @@ class Family:
         return "CLIPTextEncode"
 
     @classmethod
+    def may_lack(cls):
+        """Names of the parts that may be None in the stock pipeline, but must be given."""
+        return tuple(name for part in cls.optional for name in (part, part.replace("text_encoder", "tokenizer")))
+
+    @classmethod
     def stock_setup(cls):
         """Lines of Python that make `stock`, the stock pipeline around the parts of an export, `pipe`, as they are:
         `from_pipe` would cast them, which quantised networks refuse."""
         without = "".join(f", {name}=None" for name in cls.unused)
         without += ", requires_safety_checker=False" if "safety_checker" in cls.unused else ""
-        lines = ["parts = {name: part for name, part in pipe.components.items() if part is not None}"]
+        kept = f" or name in {cls.may_lack()}" if cls.optional else ""
+        lines = [f"parts = {{name: part for name, part in pipe.components.items() if part is not None{kept}}}"]
         if not cls.flow:
             lines.append('parts["scheduler"] = LCMScheduler.from_config(pipe.scheduler.config)')
         lines.append(f"stock = {cls.name}(**parts{without})")

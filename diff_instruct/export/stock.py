@@ -17,7 +17,7 @@ def stock_pipeline(pipe):
     noise, from σ_t z.
     """
     family = pipe.family
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    parts = {name: part for name, part in pipe.components.items() if part is not None or name in family.may_lack()}
     if not family.flow:
         parts["scheduler"] = LCMScheduler.from_config(pipe.scheduler.config)
     if "safety_checker" in family.unused:

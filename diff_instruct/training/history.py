@@ -128,12 +128,10 @@ class History:
 
     def plot(self, file):
         """Draw `curves.png`."""
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+        figure = Figure(figsize=(13, 6.5), dpi=90)
+        axes = figure.subplots(2, 3)
         figure.subplots_adjust(0.045, 0.08, 0.985, 0.95, wspace=0.22, hspace=0.3)  # a layout engine would draw twice
         for axis, (title, keys) in zip(axes.flat, PANELS.items()):
             logged = {k for row in self.rows for k in row if any(fnmatch(k, pattern) for pattern in keys)}
@@ -145,8 +143,7 @@ class History:
                 axis.legend()
             axis.set(title=title, xlabel="generator step")
             axis.grid(alpha=0.3)
-        figure.savefig(file, dpi=90)
-        plt.close(figure)
+        figure.savefig(file)
 
 
 def log_images(accelerator, step, images, prompts):
