@@ -41,7 +41,7 @@ def forked(arguments, log):
     [
         (by_torchrun, []),
         (forked, [*ONE_BASE, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]),
-        (forked, ["--divergence", "score", "--huber_c", 0.1]),
+        pytest.param(forked, ["--divergence", "score", "--huber_c", 0.1], marks=pytest.mark.slow),
         (forked, ["--generator_steps", 3, "--preset", "didr"]),
         (forked, PAIRS),
     ],

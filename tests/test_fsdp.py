@@ -118,7 +118,7 @@ def common(tiny_args, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        [],
+        slow(),
         [*ONE_BASE, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"],
         slow(*ONE_BASE, "--divergence", "score", "--huber_c", 0.1, "--gradient_checkpointing"),
         slow("--ta_lora_rank", 2, "--generator_steps", 3, "--preset", "didr"),

@@ -212,7 +212,7 @@ def test_a_decoder_is_checkpointed_from_outside(name):
     assert torch.equal(picture, again) and torch.equal(gradient, same) and less < 0.8 * held
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "ZImagePipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", pytest.param("ZImagePipeline", marks=pytest.mark.slow)])
 def test_a_rounded_base_is_predicted_without_contents(tiny_args, tmp_path, name):
     """Of other families, too: codes, scales and what decodes them."""
     folder = save(name, tmp_path / "reference")
