@@ -102,7 +102,7 @@ def ours(pipe, prompts, z, act=nullcontext):
         return pipe.decode(x0).clamp(0, 1)
 
 
-@pytest.mark.parametrize("timesteps", [[1000], [700], [1000, 700, 300]])
+@pytest.mark.parametrize("timesteps", [[1000], pytest.param([700], marks=pytest.mark.slow), [1000, 700, 300]])
 @pytest.mark.parametrize("name", FLOW)
 def test_equals_the_stock_pipeline(flow_args, record_property, name, timesteps):
     *_, pipe = load(flow_args(name, "--timestep", *timesteps))

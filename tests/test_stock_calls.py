@@ -188,7 +188,10 @@ def nearest(row, candidates):
     return min((differences(row, other) for other in candidates), key=lambda found: sum(found.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)],
+)
 def test_the_network_is_given_what_the_stock_pipeline_gives_it(family, dtype):
     name, models, _, pipe = family
     side, scale = SIDES[name], SCALE if models.has_null else 1.0
