@@ -117,9 +117,9 @@ RIVALS = {"critic": Critic, "smoothing": Smoothing}
 
 def main(args, rival):
     run = set_up(args)
-    divergence, _, anchor = run.gradient_at_x0.terms
+    divergence, _, *others = run.gradient_at_x0.terms
     term = RIVALS[rival](next(iter(run.heldout.values())), run.actors.pipe.decode)
-    run.gradient_at_x0 = replace(run.gradient_at_x0, terms=(divergence, term, anchor))
+    run.gradient_at_x0 = replace(run.gradient_at_x0, terms=(divergence, term, *others))
     align(run)
     finish(run)
 

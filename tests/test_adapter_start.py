@@ -53,13 +53,10 @@ def command(tmp_path):
     return words
 
 
-@pytest.mark.parametrize("kind", ["none", "int8"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, kind", [*((name, "none") for name in NAMES), ("FluxPipeline", "int8")])
 def test_at_step_0_it_is_the_stock_pipeline_with_the_lora(command, tmp_path, name, kind):
     """Also where the LoRA is for layers that the family gives no adapters, and of a lower rank; and its TA is the
     reference. The merged weights are the stock's, whatever the base is rounded to."""
-    if kind == "int8" and name != "FluxPipeline":
-        pytest.skip("one family on a rounded base suffices")
     family, folder = FAMILY[name], save(name, tmp_path / "reference")
     other = {"unet": "time_emb_proj", "transformer": "proj_out"}[family.denoiser] if name != "ZImagePipeline" else "w1"
     args = command(folder)
@@ -162,13 +159,12 @@ def energy(ours, theirs, keys):
     return sum((ours[k]().float() - theirs[k]).square().sum().item() for k in keys)
 
 
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, kind", [*((name, "none") for name in NAMES), ("FluxPipeline", "int8"), ("FluxPipeline", "nf4")]
+)
 def test_at_step_0_it_is_the_turbo_as_far_as_its_rank_goes(command, tmp_path, name, kind):
     """With all of the rank the merged network is the turbo, whatever the base is rounded to; with less of it, it is as
     far from it as is said; and its TA is the reference."""
-    if kind != "none" and name != "FluxPipeline":
-        pytest.skip("one family on a rounded base suffices")
     family, folder = FAMILY[name], save(name, tmp_path / "reference")
     stock = load_reference(models_of(command(folder)), torch.float32)
     base = getattr(stock, family.denoiser)

@@ -14,6 +14,7 @@ from diff_instruct.objectives import KAPPA
 from diff_instruct.training.arguments import parse_args
 from pocket import build
 from pocket.world import caption
+from tests.runs import history
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,15 @@ def test_rivals_find_the_slope_of_numbers(monkeypatch, rival):
     assert gradient.flatten(1).norm(dim=1).mean() == pytest.approx(KAPPA, rel=1e-4)
     means = gradient.mean(dim=(0, 2, 3))
     assert means[0] < 0 and means[0].abs() > 3 * means[1:].abs().max()
+
+
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_a_run_with_a_rival(quick_args, tmp_path, rival):
+    """The training script's own loop, with the rival in the reward's place beside all of its other terms."""
+    options = "--reward none --reward_scale 0 --heldout_reward pocket pocket_heldout --max_train_steps 1".split()
+    rivals.main(parse_args([*map(str, quick_args), *options]), rival)
+    (row,) = [row for row in history(tmp_path / "out") if "norm_reward" in row]
+    assert row["norm_reward"] == pytest.approx(KAPPA, rel=1e-3)
 
 
 def test_looks_counts_background_and_colour(monkeypatch):

@@ -174,7 +174,7 @@ def run_shell(command, model, prompts):
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in PLANNED else page for page in PAGES]
 )
-def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, monkeypatch):
+def test_page_runs_from_top_to_bottom(page, tiny_model, tiny_pocket, tmp_path, monkeypatch, curves_drawn):
     """All commands and all Python of a page, one after the other, in one folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("pocket", "benchmarks", "recipes"):

@@ -15,8 +15,8 @@ from diff_instruct.models.configs import sizes_of
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.stream import Sampler
 from diff_instruct.training.arguments import parse_args
-from diff_instruct.training.checkpoints import check_checkpoint
-from diff_instruct.training.record import arguments_of, prompts_of
+from diff_instruct.training.checkpoints import FORMAT, check_checkpoint
+from diff_instruct.training.record import arguments_of
 from diff_instruct.training.steps import GeneratorStep
 from evaluate_one_step import grid
 from pipeline_one_step import OneStepPipeline
@@ -75,19 +75,9 @@ def test_a_run_with_sizes(tiny_args, tmp_path, monkeypatch):
     assert same(pipe.unet.state_dict(), resumed.unet.state_dict())
 
 
-def test_a_generator_on_its_own_base_is_not_resumed_on_a_shared_one(tiny_args, tmp_path):
-    """Its checkpoint was written before `--share_base` was known."""
-    args = parse_args([*tiny_args, "--lora_rank", "2", "--pretrained_generator_name_or_path", "any"])
-    recorded = {"format": 2, "files": {}, "processes": 1, "prompts": prompts_of(args), "arguments": arguments_of(args)}
-    del recorded["arguments"]["share_base"]
-    (tmp_path / "checkpoint.json").write_text(json.dumps(recorded))
-    with pytest.raises(Mistake, match=r"written with other arguments: --share_base \(then False, now True\)"):
-        check_checkpoint(tmp_path, args, 1)
-
-
 def test_other_batches_would_draw_other_sizes(tiny_args, tmp_path):
     args = parse_args([*tiny_args, "--resolution", "16", "24x16"])
-    recorded = {"format": 2, "files": {}, "processes": 2, "prompts": {}, "arguments": arguments_of(args)}
+    recorded = {"format": FORMAT, "files": {}, "processes": 2, "prompts": {}, "arguments": arguments_of(args)}
     recorded["arguments"] |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
     (tmp_path / "checkpoint.json").write_text(json.dumps(recorded))
     args.train_batch_size, args.gradient_accumulation_steps = 2, 2

@@ -11,7 +11,9 @@ t_embedder.mlp.0 = time_caption_embed.timestep_embedder.linear_1
 t_embedder.mlp.2 = time_caption_embed.timestep_embedder.linear_2
 final_layer.adaLN_modulation.1 = norm_out.linear_1
 final_layer.linear = norm_out.linear_2
-context_refiner.* = context_refiner.*:
+""" + "".join(
+    f"""
+{blocks}.* = {blocks}.*:
     attention.qkv = attn.to_q attn.to_k attn.to_v
     attention.q_norm = attn.norm_q
     attention.k_norm = attn.norm_k
@@ -19,31 +21,12 @@ context_refiner.* = context_refiner.*:
     feed_forward.w1 = feed_forward.linear_1
     feed_forward.w2 = feed_forward.linear_2
     feed_forward.w3 = feed_forward.linear_3
-    attention_norm1 = norm1
-    attention_norm2 = norm2
-noise_refiner.* = noise_refiner.*:
-    attention.qkv = attn.to_q attn.to_k attn.to_v
-    attention.q_norm = attn.norm_q
-    attention.k_norm = attn.norm_k
-    attention.out = attn.to_out.0
-    feed_forward.w1 = feed_forward.linear_1
-    feed_forward.w2 = feed_forward.linear_2
-    feed_forward.w3 = feed_forward.linear_3
-    attention_norm1 = norm1.norm
+    attention_norm1 = {norm}
     attention_norm2 = norm2
     adaLN_modulation.1 = norm1.linear
-layers.* = layers.*:
-    attention.qkv = attn.to_q attn.to_k attn.to_v
-    attention.q_norm = attn.norm_q
-    attention.k_norm = attn.norm_k
-    attention.out = attn.to_out.0
-    feed_forward.w1 = feed_forward.linear_1
-    feed_forward.w2 = feed_forward.linear_2
-    feed_forward.w3 = feed_forward.linear_3
-    attention_norm1 = norm1.norm
-    attention_norm2 = norm2
-    adaLN_modulation.1 = norm1.linear
-"""  # layers, see `diff_instruct/export/original.py`
+"""
+    for blocks, norm in (("context_refiner", "norm1"), ("noise_refiner", "norm1.norm"), ("layers", "norm1.norm"))
+)  # layers, see `diff_instruct/export/original.py`
 
 
 class Lumina2(Family):

@@ -176,9 +176,10 @@ def words_of(changes, path):
     others = [change for change in changed.values() if not change.carried]
     if not others:
         return [line + "."]
-    in_layers = [change for change in others if change.in_layer]
-    left = f"Not in it: {sum(change.size for change in others) / total:.1%}, of "
-    parts = [f"{len(others) - len(in_layers)} biases, norms and other parameters that LoRA cannot carry"]
+    in_layers, parts = sum(change.in_layer for change in others), []
     if in_layers:
-        parts.insert(0, f"{len(in_layers)} layers without adapters (--lora_target_modules all gives them some)")
-    return [line + ".", left + " and ".join(part for part in parts if part[:2] != "0 ") + "."]
+        parts.append(f"{in_layers} layers without adapters (--lora_target_modules all gives them some)")
+    if in_layers < len(others):
+        parts.append(f"{len(others) - in_layers} biases, norms and other parameters that LoRA cannot carry")
+    left = sum(change.size for change in others) / total
+    return [line + ".", f"Not in it: {left:.1%}, of {' and '.join(parts)}."]

@@ -124,9 +124,7 @@ def check_args(args):
         raise Mistake("--lora_target_modules names what gets adapters: give --lora_rank or --ta_lora_rank, too")
     for alpha in ("lora_alpha", "ta_lora_alpha", "surrogate_lora_alpha"):
         rank = alpha.replace("alpha", "rank")
-        if getattr(args, alpha) and not (
-            getattr(args, rank) or alpha == "lora_alpha" and args.pretrained_generator_lora
-        ):
+        if getattr(args, alpha) and not getattr(args, rank):
             raise Mistake(f"--{alpha} scales a LoRA: give --{rank}, too")
     if args.memory_gib and not args.dry_run:
         raise Mistake("--memory_gib is answered before anything is trained: give --dry_run, too")

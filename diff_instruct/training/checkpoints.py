@@ -19,7 +19,7 @@ from diff_instruct.models.tensors import write_files
 from diff_instruct.training.record import arguments_of, prompts_of
 
 
-FORMAT = 2
+FORMAT = 3  # one more with each argument that changes what is trained: an older checkpoint does not record it
 MANIFEST = "checkpoint.json"
 FREE = set(  # arguments that a resumed run may have others of: they do not change what is trained
     "preset output_dir overwrite_output_dir max_train_steps max_nonfinite_steps cache_dir prompt_cache dry_run "
@@ -95,8 +95,6 @@ def check_checkpoint(path, args, num_processes):
         raise Mistake(f"--resume_from_checkpoint: {path} cannot be used: {why}; name an earlier one, or remove it")
     manifest = json.loads((path / MANIFEST).read_text())
     then, now = manifest["arguments"], arguments_of(args)
-    if then["lora_rank"] and then["pretrained_generator_name_or_path"] != "None":
-        then = {"share_base": False, **then}  # where it is not recorded, such generators had a base of their own
     if manifest["processes"] != num_processes:
         before = manifest["processes"] * math.prod(then[k] for k in SHARED)
         here = num_processes * math.prod(now[k] for k in SHARED)
