@@ -248,7 +248,7 @@ def test_one_line_and_nothing_written(command, tmp_path, monkeypatch, script, wo
     "script, words",
     [
         ("train_diff_instruct_pp.py", ["--reward_scale", "nan"]),
-        ("evaluate_one_step.py", ["--num_images", "0"]),
+        pytest.param("evaluate_one_step.py", ["--num_images", "0"], marks=pytest.mark.slow),
     ],
 )
 def test_the_process_prints_one_line_and_fails(script, words, tmp_path):

@@ -68,7 +68,7 @@ def move_full_ta(actors):
 
 
 @pytest.mark.parametrize("method", [SCORE, DIDR])
-@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize("checkpointing", [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]])
 def test_lora_gradient_equals_that_of_the_merged_network(
     quick_args, tmp_path, monkeypatch, watch, method, checkpointing
 ):
@@ -117,7 +117,7 @@ def test_no_network_runs_twice(quick_args, watch, method, reference_calls):
     assert watch["trained"] == [2, reference_calls]
 
 
-@pytest.mark.parametrize("method", [[], SCORE, DIDR])
+@pytest.mark.parametrize("method", [[], pytest.param(SCORE, marks=pytest.mark.slow), DIDR])
 def test_guidance_acts_within_its_interval_alone(quick_args, watch, method):
     """Below every t of π(t): the gradient of no guidance, to rounding; and another one with guidance everywhere."""
     gradients = []

@@ -124,7 +124,7 @@ def test_trained_exported_and_stock_give_the_same_images(family_args, tmp_path, 
         pytest.param(
             family,
             *ranks,
-            marks=pytest.mark.slow if family in (*MORE, "sd2") or family == "sdxl" and 0 < sum(ranks) < 4 else (),
+            marks=pytest.mark.slow if family in (*MORE, "sd2") or family != "pixart" and 0 < sum(ranks) < 4 else (),
         )
         for family in STOCK
         for ranks in ((0, 0), (0, 2), (2, 0), (2, 2))

@@ -331,13 +331,19 @@ NAMES = [
     name for name in FLOW if name not in ("SanaSprintPipeline", "schnell")
 ]  # whose networks are Sana's and FLUX's
 OTHERS = {"PixArtAlphaPipeline": tiny_pixart, "StableDiffusionPipeline": tiny_sd}
+OFTEN = ("PixArtAlphaPipeline", "FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "SanaPipeline")
 IN_FULL = "ZImagePipeline", "StableDiffusionPipeline"
 
 
 @pytest.mark.parametrize(
     "name, options",
     [
-        *((name, [*ONE_BASE, "--gradient_checkpointing"]) for name in [*NAMES, *OTHERS]),
+        *(
+            pytest.param(
+                name, [*ONE_BASE, "--gradient_checkpointing"], marks=() if name in OFTEN else pytest.mark.slow
+            )
+            for name in [*NAMES, *OTHERS]
+        ),
         *((name, []) for name in IN_FULL),
     ],
 )

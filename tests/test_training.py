@@ -74,7 +74,9 @@ def test_the_model_card_is_filled_from_the_run(tiny_args, tmp_path, options, met
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--ta_lora_rank", 2], ["--gradient_checkpointing"], ["--mixed_precision", "bf16"],
+    [[], *(pytest.param(alone, marks=pytest.mark.slow) for alone in (
+        ["--ta_lora_rank", 2], ["--gradient_checkpointing"], ["--mixed_precision", "bf16"],
+     )),
      ["--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"],
      ["--divergence", "score", "--mixed_precision", "bf16", "--gradient_checkpointing"],
      ["--divergence", "score", "--ta_lora_rank", 2, "--mixed_precision", "bf16", "--gradient_checkpointing"],
