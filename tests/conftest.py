@@ -1,7 +1,9 @@
+import gc
 import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # until all is imported and stays: see below
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -13,6 +15,13 @@ from tests.tiny import PROMPTS, tiny_checkpoints, tiny_pixart, tiny_scorer  # no
 
 
 torch.set_num_threads(1)  # tiny networks are faster so
+
+
+def pytest_collection_finish():
+    """What was imported never goes again: no collection looks through these millions of objects any more."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

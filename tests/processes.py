@@ -1,5 +1,6 @@
 """Runs in processes of their own, which can be killed: forked from a server that has imported everything already."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -16,6 +17,9 @@ from train_diff_instruct_pp import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
+
+
+gc.freeze()  # in the server that preloads this module, too: see tests/conftest.py
 
 
 def work(arguments, log, environment, before):
