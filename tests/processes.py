@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import evaluate_one_step
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.endings import run_to_the_end
 from train_diff_instruct_pp import main
@@ -22,8 +23,17 @@ CONTEXT.set_forkserver_preload(["tests.processes"])
 gc.freeze()  # in the server that preloads this module, too: see tests/conftest.py
 
 
-def work(arguments, log, environment, before):
-    """The script, as its last lines run it."""
+def train(arguments):
+    """The training script, as its last lines run it; returns the exit code."""
+    return run_to_the_end(lambda: parse_args(arguments), main)
+
+
+def evaluate(arguments):
+    evaluate_one_step.main(evaluate_one_step.build_parser().parse_args(arguments))
+    return 0
+
+
+def work(script, arguments, log, environment, before):
     os.environ.update(environment)
     with open(log, "a") as f:
         for descriptor in (1, 2):
@@ -31,7 +41,7 @@ def work(arguments, log, environment, before):
     torch.set_num_threads(1)  # and it stays so: tiny networks on busy machines wait long for a second thread
     torch.set_num_threads = lambda n: None
     before()
-    sys.exit(run_to_the_end(lambda: parse_args(arguments), main))
+    sys.exit(script(arguments))
 
 
 def ranks(processes):
@@ -50,15 +60,15 @@ def ranks(processes):
 class Run:
     """A run that was started, of one process or several (gloo); `log` collects what it prints.
 
-    `environment` is added to that of each process, which calls `before()` first.
+    `environment` is added to that of each process, which calls `before()` first, then `script(arguments)`.
     """
 
-    def __init__(self, arguments, log, processes=1, environment=None, before=dict):
+    def __init__(self, arguments, log, processes=1, environment=None, before=dict, script=train):
         arguments = [str(a) for a in arguments]
         self.log, self.processes = Path(log), []
         for rank in ranks(processes):
             mine = rank | (environment or {})
-            process = CONTEXT.Process(target=work, args=(arguments, str(log), mine, before))
+            process = CONTEXT.Process(target=work, args=(script, arguments, str(log), mine, before))
             process.start()
             self.processes.append(process)
 

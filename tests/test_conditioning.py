@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,6 +15,7 @@ from diff_instruct.prompts.cache import PromptCache, encode_ahead, encoder_key
 from diff_instruct.prompts.conditioning import Conditioning, Memory, nbytes, on_device
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import OneStepPipeline
+from tests.processes import CONTEXT
 from tests.runs import run, same, weights
 from tests.tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_tokenizer
 
@@ -168,33 +166,27 @@ def test_rows_are_mapped_and_few_files_are_open(tmp_path):
     assert len(store.opened) == 64 and len(store) == 100
 
 
-WRITER = """
-import sys, torch
-from diff_instruct.prompts.cache import PromptCache
-from diff_instruct.prompts.conditioning import Conditioning
-
-def encode_prompt(prompts):
+def encode_number(prompts):
     return {"text_embeds": torch.tensor([[int(prompt)] * 100 for prompt in prompts])}
 
-encode = Conditioning(encode_prompt, "cpu", store=PromptCache(sys.argv[1], "key", max_rows=4))
-print("ready", flush=True)
-for i in range(int(sys.argv[2]), 100_000):
-    encode.prepare([str(i)])
-"""
+
+def write_numbers(folder, first):
+    encode = Conditioning(encode_number, "cpu", store=PromptCache(folder, "key", max_rows=4))
+    for i in range(first, 100_000):
+        encode.prepare([str(i)])
 
 
 def test_killed_writers_leave_whole_files(tmp_path):
     """Three processes write, partly the same prompts, and are killed at any moment."""
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    writers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in (0, 0, 50)]
+    writers = [CONTEXT.Process(target=write_numbers, args=(tmp_path, first)) for first in (0, 0, 50)]
     for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
+        writer.start()
     deadline = time.time() + 60
     while len(list(tmp_path.glob("*/*.safetensors"))) < 60 and time.time() < deadline:
         time.sleep(0.01)
     for writer in writers:
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
     store = PromptCache(tmp_path, "key")
     assert len(store) >= 60
     found = [i for i in range(100_000) if str(i) in store]

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,10 +29,8 @@ from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_scorers
 from pipeline_one_step import OneStepPipeline
+from tests import processes
 from tests.tiny import PROMPTS, tiny_checkpoints, tiny_sdxl
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +253,9 @@ def test_a_killed_run_goes_on_with_the_same_figures(options, tmp_path, monkeypat
 
 def test_two_processes_give_the_figures_of_one(options, tmp_path):
     one = run(options, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [ROOT / "evaluate_one_step.py", *options, "--output_dir", tmp_path / "two"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    two = processes.Run([*options, "--output_dir", tmp_path / "two"], log, processes=2, script=processes.evaluate)
+    assert two.wait() == [0, 0], log.read_text()[-3000:]
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     for name, model in one["models"].items():
         for key, entry in model["figures"].items():
