@@ -42,7 +42,7 @@ def guided_estimates(judge, generator=0):
 
 @torch.no_grad()
 def main():
-    out, judge = Path(__file__).with_suffix(""), Judge(".")
+    out, judge = Path(__file__).with_suffix(""), Judge()
     found, rows = guided_estimates(judge), []
     truth, pipe = judge.heldout["pocket_truth"], judge.before
     for fraction in FRACTIONS:

@@ -40,7 +40,7 @@ METRICS = {
 class Judge:
     """Scores and truth of images of the pocket's held-out prompts."""
 
-    def __init__(self, work_dir):
+    def __init__(self, work_dir="not-made"):
         args = parse_args(["--output_dir", work_dir])
         self.models = models_of(args)
         self.stock = load_reference(self.models, torch.float32)

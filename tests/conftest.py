@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from diff_instruct.evaluation.pictures import draw_reference  # noqa: E402
 from diff_instruct.training.history import History  # noqa: E402
 from tests.runs import QUICK  # noqa: E402
 from tests.tiny import PROMPTS, tiny_checkpoints, tiny_pixart, tiny_scorer  # noqa: E402
@@ -59,11 +60,18 @@ def curves_drawn():
     """For tests of runs that draw `curves.png`."""
 
 
+@pytest.fixture
+def reference_drawn():
+    """For tests of runs that draw the reference in all of its steps."""
+
+
 @pytest.fixture(autouse=True)
-def without_curves(request, monkeypatch):
-    """Drawing its curves takes a third of a tiny run: the others do not."""
+def drawn_in_short(request, monkeypatch):
+    """Curves and the reference's 25 steps take half of a tiny run: most runs do without."""
     if "curves_drawn" not in request.fixturenames:
         monkeypatch.setattr(History, "plot", lambda self, file: file.touch())
+    if "reference_drawn" not in request.fixturenames:
+        monkeypatch.setattr(draw_reference, "__defaults__", (2,))
 
 
 @pytest.fixture

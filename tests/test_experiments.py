@@ -24,6 +24,7 @@ import black_box  # noqa: E402
 import divergence_norms  # noqa: E402
 import five_methods  # noqa: E402
 import five_settings  # noqa: E402
+import guided_estimates  # noqa: E402
 import mixture  # noqa: E402
 import mode_seeking  # noqa: E402
 import one_change  # noqa: E402
@@ -33,6 +34,7 @@ import rivals  # noqa: E402
 import start_from_pairs  # noqa: E402
 import timesteps  # noqa: E402
 from looks import looks  # noqa: E402
+from pocket_judge import Judge  # noqa: E402
 
 
 AT_625 = timesteps.settings_of(625, Namespace(work_dir="runs"))
@@ -86,6 +88,15 @@ def test_norms_of_each_divergence_are_printed(monkeypatch, capsys):
     divergence_norms.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and all(float(cell) > 0 for row in rows[2:] for cell in row.split("|")[2:4])
+
+
+def test_guidance_asks_for_more_contrast_where_noise_is_strong(monkeypatch):
+    monkeypatch.setattr(guided_estimates, "FRACTIONS", (0.2, 0.8))
+    judge = Judge()
+    judge.prompts = judge.prompts[:2]
+    with torch.no_grad():
+        spread = {key: x0.std() for key, x0 in guided_estimates.guided_estimates(judge).items()}
+    assert spread[0.8, 4.5] > 1.5 * spread[0.8, 1.0] and spread[0.2, 4.5] < 1.5 * spread[0.2, 1.0]
 
 
 @pytest.mark.parametrize("rival", rivals.RIVALS)

@@ -26,7 +26,7 @@ def assert_curves(rows, expected, hint):
 CURVES = Path(__file__).parent / "data" / "reference_curves.jsonl"
 
 
-def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys, curves_drawn):
+def test_a_run_writes_all_that_it_promises(tiny_args, tmp_path, capsys, curves_drawn, reference_drawn):
     run(tiny_args)
     out = tmp_path / "out"
     expected = [json.loads(line) for line in CURVES.read_text().splitlines()]
