@@ -171,9 +171,11 @@ def encode_number(prompts):
 
 
 def write_numbers(folder, first):
-    encode = Conditioning(encode_number, "cpu", store=PromptCache(folder, "key", max_rows=4))
-    for i in range(first, 100_000):
-        encode.prepare([str(i)])
+    """Until it is killed, or its tests are."""
+    encode, parent = Conditioning(encode_number, "cpu", store=PromptCache(folder, "key", max_rows=4)), os.getppid()
+    while os.getppid() == parent:
+        encode.prepare([str(first)])
+        first += 1
 
 
 def test_killed_writers_leave_whole_files(tmp_path):

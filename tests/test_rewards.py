@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from transformers import BertTokenizer, CLIPModel
+from transformers import BertTokenizer, CLIPModel, CLIPTextConfig
 
 import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
@@ -162,6 +162,12 @@ def test_units(make):
     clip = make("clip")
     clip.pixel_mean = clip.pixel_std = (0.5, 0.5, 0.5)
     torch.testing.assert_close(clip(pictures(2), PROMPTS[:2]), 100 * cosine.clamp(min=0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_catalogue_knows_what_scorers_read():
+    for name in ("pocket", "pocket_heldout", "pocket_truth"):
+        assert CATALOGUE[name].tokens == load_reward(RewardSpec(name), "cpu").max_length
+    assert CLIPTextConfig().max_position_embeddings == CATALOGUE["clip"].tokens == CATALOGUE["hpsv2"].tokens == 77
 
 
 def test_prompts_that_are_cut_are_said_once_and_counted_once(make, caplog):

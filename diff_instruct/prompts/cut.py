@@ -18,8 +18,6 @@ PROBE = "Zyx Wvu"
 MOST = 200_000  # prompts that are counted
 AT_A_TIME = 1000
 NO_LIMIT = 1_000_000  # transformers' number for none is larger
-# tokens that rewards read; one's own functions are given prompts whole
-READ_BY = {"image_reward": 35, **dict.fromkeys(("clip", "hpsv2", "hpsv2.1", "pickscore"), 77), "aesthetic": 0}
 
 
 @dataclass(frozen=True)
@@ -185,11 +183,16 @@ class Cut:
             f"{self.cut:,} of {self.counted:,} prompts ({self.cut / self.counted:.0%}) are longer than the "
             f"{self.tokens} tokens that the text encoder reads; the longest has {self.longest} (first {self.first})"
         )
-        more = [spec.label for spec in self.rewards if READ_BY.get(spec.name, self.longest) > self.tokens]
+        more = [spec.label for spec in self.rewards if self.read_by(spec) > self.tokens]
         if not more:
             return line
         verb = "reads" if len(more) == 1 else "read"
         return f"{line}: the reward {', '.join(more)} {verb} more, and asks for what the generator cannot know"
+
+    def read_by(self, spec):
+        """Tokens of the longest prompt that a reward reads; one's own function is given it whole."""
+        tokens = spec.published and spec.published.tokens
+        return self.longest if tokens is None else tokens
 
     def as_dict(self):
         """For summaries; None if nothing could be counted."""

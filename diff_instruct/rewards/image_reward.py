@@ -7,6 +7,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from diff_instruct.rewards.aesthetic import LinearMLP
 from diff_instruct.rewards.base import Scorer
+from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.rewards.pixels import CLIP_MEAN, CLIP_STD, centre_square, full_precision, normalise
 from diff_instruct.rewards.weights import find, load_tokenizer, network, read
 
@@ -61,7 +62,7 @@ class ImageReward(Scorer):
     """
 
     def __init__(self, vision, text, mlp, tokenizer):
-        super().__init__("image_reward", tokenizer, max_length=35, padding="max_length")
+        super().__init__("image_reward", tokenizer, CATALOGUE["image_reward"].tokens, padding="max_length")
         self.vision, self.text, self.mlp = vision, text, mlp
         self.requires_grad_(False).eval()
 
