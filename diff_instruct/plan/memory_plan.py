@@ -38,9 +38,18 @@ def plan(args, models, mixed_precision):
     frozen, adam = 2 if mixed_precision == "bf16" else 4, 2 if args.use_8bit_adam else 8
     network, away = models.networks[models.denoiser], args.prompt_cache or args.offload_text_encoder
     n, base_bytes = count(network.parameters()), stored_bytes(rounded_base(args, models), frozen)
+    counted = {}  # roles whose adapters are alike have as many
+
+    def trained(role):
+        if role.in_full or not role.rank:
+            return n if role.in_full else 0
+        alike = role.rank, str(models.targets_of(role))
+        if alike not in counted:
+            counted[alike] = adapters(models, role)
+        return counted[alike]
 
     def row(role):
-        k = n if role.in_full else adapters(models, role) if role.rank else 0  # what is trained
+        k = trained(role)
         base = base_bytes if role.base == role.name and not role.in_full else 0
         ema = 4 * k if role.averaged and not args.offload_ema else 0
         return {"weights": base + 4 * k, "gradients": 4 * k, "optimizer": adam * k, "ema": ema}
@@ -58,9 +67,15 @@ def plan(args, models, mixed_precision):
     }
 
 
+def copied(models):
+    """The reference's network on the meta device, to change; its buffers, which have contents, are shared."""
+    network = models.networks[models.denoiser]
+    return copy.deepcopy(network, {id(buffer): buffer for buffer in network.buffers()})
+
+
 def rounded_base(args, models):
-    """The reference's network on the meta device, with the layers that `--base_quantization` makes."""
-    network = copy.deepcopy(models.networks[models.denoiser])
+    """The same with the layers that `--base_quantization` makes."""
+    network = copied(models)
     return round_empty(network, rounding_of(models, args.base_quantization))
 
 
@@ -83,7 +98,7 @@ def words_of_rounding(args, models):
 
 def adapters(models, role):
     """Number of elements of a role's adapters in the network."""
-    network = copy.deepcopy(models.networks[models.denoiser])
+    network = copied(models)
     add_lora(network, "counted", role.rank, None, models.targets_of(role))
     return count(trained_parameters(network, "counted").values())
 
