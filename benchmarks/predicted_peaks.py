@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ROOT / "benchmarks" / "architectures"
 SMALL = (
     "--dry_run --mixed_precision bf16 --reward image_reward --reward_dtype bf16 --train_batch_size 1 "
-    "--num_eval_images 2 --gradient_checkpointing --use_8bit_adam --offload_text_encoder --offload_ema "
+    "--num_eval_images 2 --gradient_checkpointing --use_8bit_adam --prompt_cache prompts --offload_ema "
     "--lora_rank 64 --ta_lora_rank 64"
 ).split()
 

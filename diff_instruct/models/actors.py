@@ -27,6 +27,11 @@ class Actors:
     start: tuple = ()
 
     @property
+    def networks(self):
+        """Those of the roles, each once."""
+        return list({id(role.network): role.network for role in self.cast.values()}.values())
+
+    @property
     def generator(self):
         return self.cast["generator"]
 

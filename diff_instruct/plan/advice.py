@@ -57,6 +57,7 @@ def levers(args, models):
         Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, judged and args.reward_dtype == "fp32", True),
         Lever("--mixed_precision bf16", {"mixed_precision": "bf16"}, args.mixed_precision != "bf16"),
         Lever("--offload_text_encoder", {"offload_text_encoder": True}, not away),
+        Lever("--prompt_cache prompts", {"prompt_cache": "prompts"}, not args.prompt_cache and not shares),
         Lever("--offload_ema", {"offload_ema": True}, args.use_ema and not args.offload_ema and not shares),
         Lever("--use_8bit_adam", {"use_8bit_adam": True}, not args.use_8bit_adam and not shares),
         Lever("--no-use_ema", {"use_ema": False}, args.use_ema and shares),

@@ -8,6 +8,7 @@ from diff_instruct.models.roles import roles_of
 from diff_instruct.models.rounding import round_empty, stored_bytes
 from diff_instruct.models.sharding import processes
 from diff_instruct.plan.activations import activations
+from diff_instruct.prompts.encoding import takes_turns
 from diff_instruct.rewards.specs import read_rewards
 
 
@@ -113,18 +114,20 @@ def reward_bytes(args):
 
 def peaks(args, models, mixed_precision):
     """Bytes of each phase of a run at its highest: what is held all the time, and what the phase adds. Text encoders
-    that are away come back, beside all else, while prompts are encoded.
+    that are away come back while prompts are encoded: beside all else, or in the place of the networks (see
+    `takes_turns`).
 
     Raises:
         Mistake: see `activations`.
     """
-    rows = plan(args, models, mixed_precision).values()
-    held = sum(row["weights"] + row["optimizer"] + row["ema"] for row in rows) + reward_bytes(args)
+    rows = plan(args, models, mixed_precision)
+    held = sum(row["weights"] + row["optimizer"] + row["ema"] for row in rows.values()) + reward_bytes(args)
     phases = activations(args, models, mixed_precision)
     if args.prompt_cache or args.offload_text_encoder:
         encoders = [network for name, network in models.networks.items() if name.startswith("text_encoder")]
         each = 2 if mixed_precision == "bf16" else 4
-        phases["encoding of prompts"] = each * sum(count(network.parameters()) for network in encoders)
+        away = sum(rows[role.title]["weights"] for role in roles_of(args, models)) if takes_turns(args) else 0
+        phases["encoding of prompts"] = each * sum(count(network.parameters()) for network in encoders) - away
     return {phase: held + more for phase, more in phases.items()}
 
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from diff_instruct.files import whole
 from diff_instruct.mistake import Mistake
 from diff_instruct.prompts.conditioning import nbytes
 
@@ -54,8 +53,9 @@ class PromptCache:
         self.opened, self.gathered, self.bytes = {}, {}, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole(self.folder / "key.txt") as aside:
-                aside.write_text(key + "\n")
+            aside = self.folder / f"{uuid.uuid4().hex}.partial"  # other processes may begin at the same time
+            aside.write_text(key + "\n")
+            os.replace(aside, self.folder / "key.txt")
             for file in self.folder.glob("*.partial"):
                 with suppress(FileNotFoundError):  # another process has renamed or removed it
                     if time.time() - file.stat().st_mtime > 3600:  # of a process that was killed
@@ -160,7 +160,8 @@ def encoder_key(components, *settings):
     key = {"settings": [str(setting) for setting in settings]}
     for name, part in sorted(components.items()):
         if name.startswith(("tokenizer", "processor")) and part is not None:
-            words, template = getattr(part, "tokenizer", part), getattr(part, "chat_template", None)
+            words = part if hasattr(part, "get_vocab") else part.tokenizer  # of a processor
+            template = getattr(part, "chat_template", None)
             told = [sorted(words.get_vocab().items()), words.model_max_length, words.padding_side, template]
             key[name] = [type(part).__name__, digest(json.dumps(told)).hex()]
         elif name.startswith("text_encoder") and part is not None:

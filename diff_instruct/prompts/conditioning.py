@@ -60,15 +60,19 @@ class Memory:
 
 
 @contextmanager
-def on_device(modules, device):
-    """Modules are on the device inside, and on the CPU after."""
-    for module in modules:
-        module.to(device)
+def on_device(modules, device, instead_of=()):
+    """Modules are on the device inside, and on the CPU after; others make room meanwhile, and are back after."""
+    for module in instead_of:
+        module.to("cpu")
     try:
+        for module in modules:
+            module.to(device)
         yield
     finally:
         for module in modules:
             module.to("cpu")
+        for module in instead_of:
+            module.to(device)
 
 
 class Conditioning:

@@ -139,7 +139,12 @@ def add_prompt_arguments(parser):
         type=text,
         help="file of prompts to judge with; default: every 20th training prompt is held out",
     )
-    g.add_argument("--prompt_cache", type=text, help="folder that keeps the prompts' embeddings, also for later runs")
+    g.add_argument(
+        "--prompt_cache",
+        type=text,
+        help="folder that keeps the prompts' embeddings, also for later runs; text encoders then take the networks' "
+        "place on the device, and are on the CPU otherwise",
+    )
     g.add_argument(
         "--offload_text_encoder",
         action="store_true",

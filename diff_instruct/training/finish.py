@@ -10,6 +10,7 @@ from diff_instruct.evaluation.shipped import shipped_difference
 from diff_instruct.evaluation.statistics import compare, interval
 from diff_instruct.export.card import figure_names
 from diff_instruct.export.export import export, save_generator, upload
+from diff_instruct.prompts.encoding import drawing
 from diff_instruct.prompts.survey import rows_read
 from diff_instruct.rewards.loading import truncated_prompts
 from diff_instruct.rewards.numbers import NoScores
@@ -84,9 +85,9 @@ def summary_of(run):
 
 def draw_the_reference(run):
     """The reference's own pictures of the validation prompts, on all processes: a sharded network is whole on none."""
-    known, actors = run.known, run.actors
+    known, actors, device = run.known, run.actors, run.accelerator.device
     size = [n * known.models.grid.factor for n in run.judge.noise.shape[2:]]
-    with actors.ref.act(), run.encode.encoding():
+    with actors.ref.act(), drawing(run.args, actors.stock, run.encode, actors.networks, device):
         return draw_reference(
             known.models, actors.stock, known.validation_prompts, run.judge.noise, size, run.args.cfg_scale
         )

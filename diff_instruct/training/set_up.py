@@ -27,7 +27,7 @@ from diff_instruct.plan.advice import advice
 from diff_instruct.plan.memory_plan import plan, table, words_of_rounding
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.cut import Cut
-from diff_instruct.prompts.encoding import fill_cache, make_conditioning
+from diff_instruct.prompts.encoding import drawing, fill_cache, make_conditioning
 from diff_instruct.prompts.files import prompt_sources
 from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.prompts.survey import load_prompts, prompts_to_draw
@@ -218,7 +218,7 @@ def load(args, accelerator, known, started):
     first = step_of(known.checkpoint) if known.checkpoint else -args.pair_steps - args.ta_warmup_steps
     on_pairs = first < -args.ta_warmup_steps
     theta, psi, phi = train(args, accelerator, roles, actors, on_pairs)
-    encode = make_conditioning(args, actors.pipe, device)
+    encode = make_conditioning(args, actors.pipe, device, actors.networks)
     draws = make_draws(args, accelerator, known, actors, encode, with_pairs=on_pairs or args.anchor_scale > 0)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
     null = {k: v.expand(args.train_batch_size, *v.shape[1:]) for k, v in null.items()}
@@ -352,7 +352,7 @@ def make_draws(args, accelerator, known, actors, encode, with_pairs):
 def make_pair_stream(args, accelerator, known, actors, encode):
     """The [`PairStream`] of a run, after pairs that are missing have been drawn by all processes."""
     place = accelerator.process_index, accelerator.num_processes
-    with actors.ref.act(), encode.encoding():
+    with actors.ref.act(), drawing(args, actors.stock, encode, actors.networks, accelerator.device):
         folder = PairFolder(args, recipe(args, known.models, actors), accelerator.is_main_process)
         make_pairs(args, known, actors, folder, accelerator.device, *place)
     accelerator.wait_for_everyone()
