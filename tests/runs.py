@@ -48,6 +48,26 @@ def history(folder):
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
+def turbo_of(network, folder, scale=0.3):
+    """The network, and one that differs in every layer and every norm, saved in a folder."""
+    turbo = type(network).from_config(network.config)
+    turbo.load_state_dict(network.state_dict())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in turbo.parameters():
+            p += scale * p.std(correction=0) * torch.randn_like(p) if p.ndim > 1 else 0
+    turbo.save_pretrained(folder)
+    return turbo
+
+
+def from_turbo(command, folder):
+    """Options with which a generator starts as the closest LoRA of a turbo, whose network is written to the folder."""
+    stock = load_reference(models_of(parse_args([str(a) for a in command])), torch.float32)
+    turbo_of(stock.transformer, folder)
+    start = ["--pretrained_generator_name_or_path", folder, "--timestep", 400, "--input_noise", "unit"]
+    return [*start, "--lora_rank", 4, "--ta_lora_rank", 2]
+
+
 def load(command):
     """(args, models, stock pipeline, generator's pipeline) of a command, before training."""
     args = parse_args([str(a) for a in command])

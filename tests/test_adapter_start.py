@@ -24,7 +24,7 @@ from diff_instruct.models.starts import Lora
 from diff_instruct.training.arguments import parse_args
 from pipeline_one_step import ATTENTION
 from tests.families import FAMILY, save
-from tests.runs import run, same, trained, weights
+from tests.runs import run, same, trained, turbo_of, weights
 from tests.tiny import PROMPTS
 
 
@@ -141,18 +141,6 @@ def test_kohyas_names_are_read_as_diffusers_own(command, tmp_path, monkeypatch):
     with pytest.raises(Mistake, match="--pretrained_generator_lora .* is not for the transformer of a FluxPipeline"):
         other = save("FluxPipeline", tmp_path / "flux")
         models_of(command(other, "--pretrained_generator_lora", lora, "--lora_rank", 2))
-
-
-def turbo_of(network, folder, scale=0.3):
-    """The network, and one that differs in every layer and every norm, saved in a folder."""
-    turbo = type(network).from_config(network.config)
-    turbo.load_state_dict(network.state_dict())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in turbo.parameters():
-            p += scale * p.std(correction=0) * torch.randn_like(p) if p.ndim > 1 else 0
-    turbo.save_pretrained(folder)
-    return turbo
 
 
 def energy(ours, theirs, keys):

@@ -11,7 +11,7 @@ import torch
 import train_diff_instruct_pp as script
 from diff_instruct.training.arguments import parse_args
 from tests.processes import Run
-from tests.runs import weights
+from tests.runs import from_turbo, weights
 from tests.tiny import PROMPTS
 
 
@@ -44,12 +44,14 @@ def forked(arguments, log):
         pytest.param(forked, ["--divergence", "score", "--huber_c", 0.1], marks=pytest.mark.slow),
         (forked, ["--generator_steps", 3, "--preset", "didr"]),
         (forked, PAIRS),
+        pytest.param(forked, "turbo", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_two_processes_equal_one_with_twice_the_batch(tiny_args, tmp_path, launch, options):
     """The same weights and the same evaluation; and a checkpoint of two processes is continued by two."""
     prompts = tmp_path / "many.txt"
     prompts.write_text("\n".join(f"{p} {w}" for p in PROMPTS for w in ("red", "blue", "green", "moon", "fire", "cat")))
+    options = from_turbo(tiny_args, tmp_path / "turbo") if options == "turbo" else options
     common = [*tiny_args, "--train_prompts", prompts, "--max_train_steps", 3, "--adam_epsilon", 1e-3]
     common += ["--checkpointing_steps", 2, *options]
     script.main(parse_args([str(a) for a in [*common, "--train_batch_size", 4, "--output_dir", tmp_path / "one"]]))

@@ -30,7 +30,7 @@ from diff_instruct.training import finish, set_up
 from diff_instruct.training.arguments import parse_args
 from tests.families import FLOW, SIDES, save
 from tests.processes import Run
-from tests.runs import QUICK, checkpoints, run, same, trained, weights
+from tests.runs import QUICK, checkpoints, from_turbo, run, same, trained, weights
 from tests.tiny import PROMPTS, tiny_pixart, tiny_sd, tiny_sdxl
 
 
@@ -124,10 +124,12 @@ def common(tiny_args, tmp_path):
         slow("--ta_lora_rank", 2, "--generator_steps", 3, "--preset", "didr"),
         slow("--reward_mode", "surrogate", "--surrogate_group", 2, "--generator_steps", 2),
         slow(*ONE_BASE, "--reward_mode", "surrogate", "--surrogate_group", 2, "--surrogate_lora_rank", 2),
+        slow("turbo"),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(common, tmp_path, options):
     """Weights, averages, evaluation, files; shares while training; and a checkpoint that two processes continue."""
+    options = from_turbo(common, tmp_path / "turbo") if options == ["turbo"] else options
     run([*common, *options, "--train_batch_size", 4, "--output_dir", tmp_path / "one"])
     arguments = [*common, *options, "--train_batch_size", 2]
     lines = two(arguments, tmp_path / "two")
