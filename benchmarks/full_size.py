@@ -159,7 +159,7 @@ def main():
             if not (folder / "model_index.json").is_file():
                 build(source, folder, device, SHORTER.get(ours.architecture, {}))
             command = [sys.executable, __file__, ours.architecture, "--steps", str(ours.steps), "--folder"]
-            command += [str(folder), "--measure", *rest, "--output_dir", temporary]
+            command += [str(folder), "--measure", *rest, "--output_dir", f"{temporary}/out"]
             large = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
             subprocess.run(command, check=True, env={**os.environ, **large})
         return

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import full_size
 from diff_instruct.objectives import KAPPA
 from diff_instruct.training.arguments import parse_args
 from pocket import build
@@ -223,6 +225,21 @@ def test_every_script_starts_after_the_readme_s_install(monkeypatch, folder):
     for file in sorted((ROOT / folder).glob("*.py")):
         own = importlib.util.spec_from_file_location(f"started_{file.stem}", file)
         own.loader.exec_module(importlib.util.module_from_spec(own))
+
+
+def test_full_size_starts_its_measurement(monkeypatch, tiny_model, capsys):
+    """On a tiny model, all but the run itself: the second process is given arguments that the script accepts."""
+    monkeypatch.setattr(full_size, "build", lambda source, folder, *_: shutil.copytree(tiny_model, folder))
+    monkeypatch.setattr(full_size, "measure", lambda args: (Namespace(peaks={"start": 2**30}, seconds={}), [1.0]))
+
+    def second_process(command, **_):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        full_size.main()
+
+    monkeypatch.setattr(full_size.subprocess, "run", second_process)
+    monkeypatch.setattr(sys, "argv", ["full_size.py", "sd15", "--reward", "pocket"])
+    full_size.main()
+    assert "peak, start: 1.00 GiB" in capsys.readouterr().out
 
 
 def test_tables_of_the_page_are_what_the_scripts_wrote():
