@@ -33,7 +33,7 @@ from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.catalogue import CATALOGUE
 from diff_instruct.rewards.loading import load_scorers
 from diff_instruct.rewards.specs import files_of, read_scorers
-from diff_instruct.training.argument_groups import add_judges_arguments
+from diff_instruct.training.algorithm_arguments import add_judges_arguments
 from diff_instruct.training.environment import use_cores
 
 

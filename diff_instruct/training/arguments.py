@@ -11,8 +11,9 @@ from accelerate.utils import LoggerType
 from diff_instruct.command_line import Parser
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.specs import NO_REWARD, read_rewards
+from diff_instruct.training import algorithm_arguments as algorithm
 from diff_instruct.training import argument_groups as groups
-from diff_instruct.training.argument_groups import MAX_STEPS
+from diff_instruct.training.algorithm_arguments import MAX_STEPS
 from diff_instruct.training.methods import METHODS
 from diff_instruct.training.output_folder import check_output_dir
 
@@ -42,8 +43,8 @@ def build_parser():
     )
     groups.add_model_arguments(parser)
     groups.add_prompt_arguments(parser)
-    groups.add_algorithm_arguments(parser)
-    groups.add_reward_arguments(parser)
+    algorithm.add_algorithm_arguments(parser)
+    algorithm.add_reward_arguments(parser)
     groups.add_optimization_arguments(parser)
     groups.add_output_arguments(parser)
     return parser
