@@ -13,8 +13,9 @@ from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.ema import ema_decay
 from diff_instruct.training.endings import run_to_the_end
 from diff_instruct.training.finish import finish
+from diff_instruct.training.optimizer import stage
 from diff_instruct.training.pairs import pair_loss
-from diff_instruct.training.set_up import set_up, stage
+from diff_instruct.training.set_up import set_up
 from diff_instruct.training.steps import generated, ta_loss
 from diff_instruct.training.watch import Watch
 

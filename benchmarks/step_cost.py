@@ -38,7 +38,7 @@ from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards.loading import load_mix
 from diff_instruct.rewards.specs import read_rewards
-from diff_instruct.training import set_up
+from diff_instruct.training import draws, set_up
 from diff_instruct.training.arguments import parse_args
 
 
@@ -150,12 +150,12 @@ def script_seconds(args):
     """Of each iteration of the script itself, from draw to draw, with as many threads as the other sides have."""
     stamps = []
 
-    class Sampler(set_up.Sampler):
+    class Sampler(draws.Sampler):
         def __call__(self):
             stamps.append(clock())
             return super().__call__()
 
-    with patch.multiple(set_up, Sampler=Sampler, use_cores=lambda processes: None):
+    with patch.object(draws, "Sampler", Sampler), patch.object(set_up, "use_cores", lambda processes: None):
         script.main(args)
     starts = stamps[:: 1 if args.reuse_generated else 2]  # draws an iteration: the TA's and the generator's
     return [b - a for a, b in zip(starts, starts[1:])]

@@ -2,8 +2,12 @@
 
 import torch
 
+from diff_instruct.models.roles import has_surrogate
+from diff_instruct.prompts.encoding import drawing, fill_cache
+from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.surrogate import level_timesteps
 from diff_instruct.terms import Batch
+from diff_instruct.training.pairs import PairFolder, PairStream, make_pairs, recipe
 
 
 class Draws:
@@ -72,3 +76,62 @@ def shifted(u, low, high, s):
     first, last = (x / (s - (s - 1) * x) for x in (low, high))
     v = first + u * (last - first)
     return ((s * v / (1 + (s - 1) * v) - low) / (high - low)).clamp(0, 1 - 2**-24)
+
+
+def images_per_step(args, accelerator):
+    """How many images an optimizer step sees, on all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def make_draws(args, accelerator, known, actors, encode, with_pairs):
+    """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded, and pairs are drawn
+    that are missing."""
+    index, processes, pipe = accelerator.process_index, accelerator.num_processes, actors.pipe
+    stream = PromptStream(
+        known.train_prompts, args.seed, args.shuffle_buffer_size, index, processes, args.allow_bad_rows
+    )
+    sampler = Sampler(
+        stream,
+        [pipe.latent_shape(*size) for size in known.models.image_sizes],
+        args.train_batch_size,
+        args.seed,
+        process_index=index,
+        num_processes=processes,
+        device=accelerator.device,
+        steps=len(pipe.timesteps),
+    )
+    if args.prompt_cache:
+        steps = args.ta_warmup_steps + (args.ta_steps + 1) * (args.pretrain_steps + args.max_train_steps)
+        steps += args.max_train_steps * has_surrogate(args)
+        most = steps * images_per_step(args, accelerator)
+        others = ["", *known.eval_prompts, *known.validation_prompts]
+        fill_cache(args, encode, known.train_prompts, others, most, index, processes)
+    return Draws(
+        sampler,
+        encode,
+        pipe.schedule,
+        args.gradient_accumulation_steps,
+        args.min_timestep,
+        args.max_timestep,
+        args.timestep_shift,
+        make_pair_stream(args, accelerator, known, actors, encode) if with_pairs else None,
+        anchored_from=args.pair_steps if args.anchor_scale else None,
+    )
+
+
+def make_pair_stream(args, accelerator, known, actors, encode):
+    """The [`PairStream`] of a run, after pairs that are missing have been drawn by all processes."""
+    place = accelerator.process_index, accelerator.num_processes
+    with actors.ref.act(), drawing(args, actors.stock, encode, actors.networks, accelerator.device):
+        folder = PairFolder(args, recipe(args, known.models, actors), accelerator.is_main_process)
+        make_pairs(args, known, actors, folder, accelerator.device, *place)
+    accelerator.wait_for_everyone()
+    return PairStream(
+        folder,
+        args.num_pairs,
+        args.train_batch_size,
+        args.seed,
+        *place,
+        device=accelerator.device,
+        steps=len(actors.pipe.timesteps),
+    )

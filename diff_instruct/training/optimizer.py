@@ -236,3 +236,47 @@ class Trained:
         self.schedule.load_state_dict(state["schedule"])
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
             group["lr"] = rate
+
+
+def stage(args, on_pairs=False):
+    """Learning rate and steps of θ, as [`Trained`] takes them: while it learns pairs, or after."""
+    rate, steps = args.learning_rate, args.pretrain_steps + args.max_train_steps
+    if on_pairs:
+        rate, steps = args.pair_learning_rate or rate, args.pair_steps
+    return {"learning_rate": rate, "steps": steps, "warmup_steps": args.lr_warmup_steps}
+
+
+def make_trained(args, accelerator, roles, actors, on_pairs):
+    """θ, ψ and φ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before; φ takes one while
+    there is a reward, and is None where there is no surrogate."""
+    title = {role.name: role.title for role in roles}
+    total, k = args.pretrain_steps + args.max_train_steps, args.ta_steps
+    theta = Trained(
+        accelerator,
+        args,
+        title["generator"],
+        actors.generator,
+        average=args.use_ema,
+        **stage(args, on_pairs),
+    )
+    psi = Trained(
+        accelerator,
+        args,
+        title["ta"],
+        actors.ta,
+        learning_rate=args.ta_learning_rate or args.learning_rate,
+        steps=args.ta_warmup_steps + k * total,
+        warmup_steps=k * args.lr_warmup_steps,
+    )
+    if actors.surrogate is None:
+        return theta, psi, None
+    phi = Trained(
+        accelerator,
+        args,
+        title["surrogate"],
+        actors.surrogate,
+        learning_rate=args.surrogate_learning_rate or args.ta_learning_rate or args.learning_rate,
+        steps=args.max_train_steps,
+        warmup_steps=args.lr_warmup_steps,
+    )
+    return theta, psi, phi

@@ -20,16 +20,15 @@ from diff_instruct.models.actors import Actors, load_actors
 from diff_instruct.models.lora import reach
 from diff_instruct.models.published import check_rounding, rounding_of
 from diff_instruct.models.reference import encode_null
-from diff_instruct.models.roles import has_surrogate, roles_of
+from diff_instruct.models.roles import roles_of
 from diff_instruct.models.sources import Models, models_of
 from diff_instruct.models.weight_files import check_weights
 from diff_instruct.plan.advice import advice
 from diff_instruct.plan.memory_plan import plan, table, words_of_rounding
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.cut import Cut
-from diff_instruct.prompts.encoding import drawing, fill_cache, make_conditioning
+from diff_instruct.prompts.encoding import make_conditioning
 from diff_instruct.prompts.files import prompt_sources
-from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.prompts.survey import load_prompts, prompts_to_draw
 from diff_instruct.rewards.decoder import TinyDecoder
 from diff_instruct.rewards.loading import DTYPES, load_mix, load_scorers
@@ -38,7 +37,7 @@ from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.specs import read_rewards
 from diff_instruct.surrogate import Surrogate
 from diff_instruct.training.checkpoints import check_checkpoint, find_checkpoint, load_checkpoint, step_of
-from diff_instruct.training.draws import Draws
+from diff_instruct.training.draws import Draws, images_per_step, make_draws
 from diff_instruct.training.environment import (
     autocast_of,
     check_accelerations,
@@ -47,9 +46,9 @@ from diff_instruct.training.environment import (
     use_cores,
 )
 from diff_instruct.training.history import History
-from diff_instruct.training.optimizer import Trained
+from diff_instruct.training.optimizer import make_trained
 from diff_instruct.training.output_folder import prepare_output_dir
-from diff_instruct.training.pairs import PairFolder, PairStream, make_pairs, needs_pairs, plan_of_pairs, recipe
+from diff_instruct.training.pairs import needs_pairs, plan_of_pairs
 from diff_instruct.training.reward_scale import RewardDial
 from diff_instruct.training.state import LoopState
 from diff_instruct.training.steps import GeneratorStep, generator_step
@@ -113,11 +112,6 @@ class Run:
         """Scores and pictures of the generator before training: of the run that a resumed one goes on with."""
         checkpoint = self.known.checkpoint
         return Path(checkpoint.parent if checkpoint else self.args.output_dir) / "before.safetensors"
-
-
-def images_per_step(args, accelerator):
-    """How many images an optimizer step sees, on all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def set_up(args):
@@ -217,7 +211,7 @@ def load(args, accelerator, known, started):
 
     first = step_of(known.checkpoint) if known.checkpoint else -args.pair_steps - args.ta_warmup_steps
     on_pairs = first < -args.ta_warmup_steps
-    theta, psi, phi = train(args, accelerator, roles, actors, on_pairs)
+    theta, psi, phi = make_trained(args, accelerator, roles, actors, on_pairs)
     encode = make_conditioning(args, actors.pipe, device, actors.networks)
     draws = make_draws(args, accelerator, known, actors, encode, with_pairs=on_pairs or args.anchor_scale > 0)
     null = encode_null(models.family, actors.stock, actors.pipe, encode)
@@ -251,50 +245,6 @@ def load(args, accelerator, known, started):
     )
 
 
-def stage(args, on_pairs=False):
-    """Learning rate and steps of θ, as [`Trained`] takes them: while it learns pairs, or after."""
-    rate, steps = args.learning_rate, args.pretrain_steps + args.max_train_steps
-    if on_pairs:
-        rate, steps = args.pair_learning_rate or rate, args.pair_steps
-    return {"learning_rate": rate, "steps": steps, "warmup_steps": args.lr_warmup_steps}
-
-
-def train(args, accelerator, roles, actors, on_pairs):
-    """θ, ψ and φ, each a [`Trained`]; ψ takes `--ta_steps` steps for one of θ, and a warm-up before; φ takes one while
-    there is a reward, and is None where there is no surrogate."""
-    title = {role.name: role.title for role in roles}
-    total, k = args.pretrain_steps + args.max_train_steps, args.ta_steps
-    theta = Trained(
-        accelerator,
-        args,
-        title["generator"],
-        actors.generator,
-        average=args.use_ema,
-        **stage(args, on_pairs),
-    )
-    psi = Trained(
-        accelerator,
-        args,
-        title["ta"],
-        actors.ta,
-        learning_rate=args.ta_learning_rate or args.learning_rate,
-        steps=args.ta_warmup_steps + k * total,
-        warmup_steps=k * args.lr_warmup_steps,
-    )
-    if actors.surrogate is None:
-        return theta, psi, None
-    phi = Trained(
-        accelerator,
-        args,
-        title["surrogate"],
-        actors.surrogate,
-        learning_rate=args.surrogate_learning_rate or args.ta_learning_rate or args.learning_rate,
-        steps=args.max_train_steps,
-        warmup_steps=args.lr_warmup_steps,
-    )
-    return theta, psi, phi
-
-
 def surrogate_of(args, actors, reward, decode, accelerator):
     """The [`Surrogate`] of a run; None where there is none."""
     if actors.surrogate is None:
@@ -310,60 +260,6 @@ def surrogate_of(args, actors, reward, decode, accelerator):
         args.max_timestep,
         args.reward_batch_size,
         accelerator,
-    )
-
-
-def make_draws(args, accelerator, known, actors, encode, with_pairs):
-    """The [`Draws`] of a run; with `--prompt_cache` all prompts that it will need are encoded, and pairs are drawn
-    that are missing."""
-    index, processes, pipe = accelerator.process_index, accelerator.num_processes, actors.pipe
-    stream = PromptStream(
-        known.train_prompts, args.seed, args.shuffle_buffer_size, index, processes, args.allow_bad_rows
-    )
-    sampler = Sampler(
-        stream,
-        [pipe.latent_shape(*size) for size in known.models.image_sizes],
-        args.train_batch_size,
-        args.seed,
-        process_index=index,
-        num_processes=processes,
-        device=accelerator.device,
-        steps=len(pipe.timesteps),
-    )
-    if args.prompt_cache:
-        steps = args.ta_warmup_steps + (args.ta_steps + 1) * (args.pretrain_steps + args.max_train_steps)
-        steps += args.max_train_steps * has_surrogate(args)
-        most = steps * images_per_step(args, accelerator)
-        others = ["", *known.eval_prompts, *known.validation_prompts]
-        fill_cache(args, encode, known.train_prompts, others, most, index, processes)
-    return Draws(
-        sampler,
-        encode,
-        pipe.schedule,
-        args.gradient_accumulation_steps,
-        args.min_timestep,
-        args.max_timestep,
-        args.timestep_shift,
-        make_pair_stream(args, accelerator, known, actors, encode) if with_pairs else None,
-        anchored_from=args.pair_steps if args.anchor_scale else None,
-    )
-
-
-def make_pair_stream(args, accelerator, known, actors, encode):
-    """The [`PairStream`] of a run, after pairs that are missing have been drawn by all processes."""
-    place = accelerator.process_index, accelerator.num_processes
-    with actors.ref.act(), drawing(args, actors.stock, encode, actors.networks, accelerator.device):
-        folder = PairFolder(args, recipe(args, known.models, actors), accelerator.is_main_process)
-        make_pairs(args, known, actors, folder, accelerator.device, *place)
-    accelerator.wait_for_everyone()
-    return PairStream(
-        folder,
-        args.num_pairs,
-        args.train_batch_size,
-        args.seed,
-        *place,
-        device=accelerator.device,
-        steps=len(actors.pipe.timesteps),
     )
 
 
