@@ -39,6 +39,7 @@ NOT_RUN = {  # how a command starts: why it is not run here
     "OMP_NUM_THREADS=1 python benchmarks/reward_cost.py": "takes minutes and 8 GB",
     "OMP_NUM_THREADS=1 python benchmarks/role_switch.py": "builds the real number of layers: half a minute",
     "OMP_NUM_THREADS=1 python benchmarks/rounded_load.py": "writes gigabytes of random weights",
+    "OMP_NUM_THREADS=1 python benchmarks/rounded_gradient.py": "runs a full-size model",
     "OMP_NUM_THREADS=1 python benchmarks/step_cost.py": "takes minutes",
     "python experiments/": "take minutes to hours; tests/test_experiments.py tests them",
     "python benchmarks/arithmetic.py": "plans a full-size model, a minute",
