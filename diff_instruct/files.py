@@ -144,18 +144,20 @@ def check_apart(outputs, inputs, may_hold=()):
     """No output is an input, holds one or lies in one, whatever links lead there.
 
     Args:
-        outputs, inputs: pairs (what the user calls it, such as "--output_dir", path); paths that are None or not
-            there, as Hub ids are not, are passed over.
-        may_hold: the same, of what may lie in an output, as nothing else is written under its names: caches.
+        outputs, inputs: pairs (what the user calls it, such as "--output_dir", path); None is passed over, and
+            inputs that are not there, as Hub ids are not.
+        may_hold: the same, of what may lie in an output, as nothing else is written under its names: caches. Those
+            that are not there yet count: once they are, the same command would be refused.
 
     Raises:
         Mistake: in one line that names both.
     """
-    others = [(*pair, ("is", "lies in", "holds")) for pair in inputs]
-    others += [(*pair, ("is", "lies in")) for pair in may_hold]
+    given = [(what, path) for what, path in inputs if path is not None and Path(path).exists()]
+    others = [(*pair, ("is", "lies in", "holds")) for pair in given]
+    others += [(*pair, ("is", "lies in")) for pair in may_hold if pair[1] is not None]
     for what, output in outputs:
         for other, path, forbidden in others if output is not None else ():
-            how = what != other and path is not None and Path(path).exists() and relation(output, path)
+            how = what != other and relation(output, path)
             if how in forbidden:
                 raise Mistake(f"{what} {output} {how} {other} {path}, which must stay as it is: take another folder")
 

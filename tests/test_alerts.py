@@ -44,3 +44,16 @@ def test_a_resumed_run_does_not_tell_again(tmp_path):
     resumed = History(tmp_path, 3)
     assert resumed.alerts(4, {"x0_std": 1.6, "skipped_steps": 2}) == []
     assert [title for title, _ in resumed.alerts(4, {"skipped_steps": 3})] == ["Gradients that are not finite"]
+
+
+def test_a_curve_of_one_figure_is_seen(tmp_path, monkeypatch, curves_drawn):
+    """As of a run with one logged step: a line of one point shows only with a marker."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file: drawn.append(figure))
+    history = History(tmp_path)
+    for step, figures in ((0, {"val_reward": 1.0, "ta_loss": 2.0}), (2, {"norm_cfg": 3.0, "ta_loss": 4.0})):
+        history.rows.append({"step": step, **figures})
+    history.plot(tmp_path / "curves.png")
+    lines = {line.get_label(): line for axis in drawn[0].axes for line in axis.get_lines()}
+    assert lines.keys() == {"reward", "ta_loss", "norm_cfg"}
+    assert [lines[name].get_marker() for name in ("ta_loss", "norm_cfg")] == ["None", "."]

@@ -145,6 +145,9 @@ def test_no_output_is_holds_or_lies_in_an_input(inputs, monkeypatch, script, wor
         assert everything() == before
 
 
+CACHES = ("--prompt_cache", "--pair_folder", "--cache_dir")
+
+
 def test_caches_and_logs(inputs):
     """A cache may lie in the output, but not the output in a cache, nor a cache or the logs in a model."""
     training("run", "--prompt_cache", "run/cache", "--cache_dir", "run/hub")
@@ -153,6 +156,7 @@ def test_caches_and_logs(inputs):
     for output, words in (
         ("cache/x", ["--prompt_cache", "cache"]),
         ("cache", ["--cache_dir", "cache"]),
+        *((output, [flag, "later"]) for output in ("later", "later/x") for flag in CACHES),  # though not there yet
         ("run", [*model, "--prompt_cache", "model/unet"]),
         ("run", [*model, "--logging_dir", inputs / "model"]),
         ("run", [*model, "--logging_dir", "../model/logs"]),

@@ -234,6 +234,8 @@ def test_alignment_starts_from_a_pretrained_generator(tiny_args, tmp_path):
         (["--train_prompts", "/nowhere.txt"], "--train_prompts: no such file or folder"),
         (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2"),
         (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),
+        (["--prompt_cache", "/dev/null/cache"], "--prompt_cache /dev/null/cache cannot be made: /dev/null is a file"),
+        (["--pair_folder", "/dev/null"], "--pair_folder /dev/null cannot be made: /dev/null is a file"),
         (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7 is not a finished checkpoint"),
         (["--caption_column", "Prompt"], "no column `Prompt`"),
         (["--dataset_name", "user/set"], "either --dataset_name or --train_prompts"),

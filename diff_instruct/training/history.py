@@ -138,7 +138,8 @@ class History:
             logged = sorted(logged - {"reward_scale"})  # α_rew would dwarf the reward
             for key in logged:
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
-                axis.plot(*zip(*points), marker="." if key.startswith("val") else None, label=key.removeprefix("val_"))
+                marked = key.startswith("val") or len(points) == 1  # a line needs two
+                axis.plot(*zip(*points), marker="." if marked else None, label=key.removeprefix("val_"))
             if logged:
                 axis.legend()
             axis.set(title=title, xlabel="generator step")

@@ -50,8 +50,9 @@ def check_inputs_stay(args):
     logs, cache = ("--logging_dir", folder / args.logging_dir), ("--prompt_cache", args.prompt_cache)
     pairs = ("--pair_folder", args.pair_folder)
     kept = [cache, pairs, ("--cache_dir", args.cache_dir or HF_HUB_CACHE)]
-    if not resumes_there(args):
-        kept.append(("--resume_from_checkpoint", args.resume_from_checkpoint))
+    resumed = args.resume_from_checkpoint
+    if resumed and Path(resumed).exists() and not resumes_there(args):
+        kept.append(("--resume_from_checkpoint", resumed))
     check_apart([("--output_dir", folder), logs, cache, pairs], inputs_of(args), kept)
     if not list_checkpoints(folder) and not any((folder / name).exists() for name in OF_A_RUN):
         found = next((path.name for pattern in EXPORTED for path in sorted(folder.glob(pattern))), None)
@@ -61,8 +62,19 @@ def check_inputs_stay(args):
             )
 
 
+def check_writable(what, folder):
+    """Raises Mistake if a folder cannot be made or written to; `what` is the argument that names it."""
+    folder = Path(folder)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise Mistake(f"{what} {folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Mistake(f"{what} {folder} is not writable: {there} belongs to someone else")
+
+
 def check_output_dir(args):
-    """Whether `--output_dir` can be made and written to, is no input, and is free. Writes nothing.
+    """Whether `--output_dir` can be made and written to, as what else the run writes to, is no input, and is free.
+    Writes nothing.
 
     A folder is taken if it holds a finished run or checkpoints, unless `--resume_from_checkpoint` goes on from one of
     these, `--overwrite_output_dir` is given, or nothing is trained (`--dry_run`).
@@ -71,11 +83,9 @@ def check_output_dir(args):
         Mistake: if not.
     """
     folder = Path(args.output_dir)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise Mistake(f"--output_dir {folder} cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Mistake(f"--output_dir {folder} is not writable: {there} belongs to someone else")
+    for name in ("output_dir", "prompt_cache", "pair_folder"):
+        if getattr(args, name) is not None:
+            check_writable(f"--{name}", getattr(args, name))
     check_inputs_stay(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise Mistake("--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: give one of them")
