@@ -12,13 +12,14 @@ from unittest.mock import patch
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import ARCHITECTURES, PUBLISHED, run
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan import activations as planned
+from diff_instruct.rewards.specs import NO_REWARD
 from diff_instruct.training.arguments import parse_args
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ROOT / "benchmarks" / "architectures"
 
 
 class Counted(planned.Live):
@@ -30,9 +31,8 @@ class Counted(planned.Live):
         return counter.get_total_flops()
 
 
-def operations(command):
+def operations(args):
     """TFLOP of an image in a step, the batch's validation left out."""
-    args = parse_args(command)
     models = models_of(args)
     with patch.object(planned, "Live", Counted):
         phases = planned.activations(args, models, "bf16")
@@ -43,24 +43,25 @@ def operations(command):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", choices=sorted(p.name for p in ARCHITECTURES.iterdir()))
+    parser.add_argument("architecture", choices=PUBLISHED)
     ours, rest = parser.parse_known_args()
     command = ["--pretrained_model_name_or_path", str(ARCHITECTURES / ours.architecture), "--dry_run"]
     command += ["--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"), "--mixed_precision", "bf16", *rest]
     args = parse_args(command)
-    pretraining = [*command, "--reward_scale", "0", "--reward", "none", "--cfg_scale", str(args.pretrain_cfg_scale)]
+    without = {"reward": [NO_REWARD], "reward_scale": 0.0, "reward_ratio": None, "cfg_scale": args.pretrain_cfg_scale}
+    pretraining = argparse.Namespace(**{**vars(args), **without})
     images = args.train_batch_size * args.gradient_accumulation_steps
     total = 0
-    for what, steps, words in (
-        ("pretraining", args.pretrain_steps, pretraining), ("alignment", args.max_train_steps, command)
+    for what, steps, of_stage in (
+        ("pretraining", args.pretrain_steps, pretraining), ("alignment", args.max_train_steps, args)
     ):  # fmt: skip
         if steps:
-            each = operations(words)
+            each = operations(of_stage)
             all_of_it = steps * images * each / 1e6
             total += all_of_it
-            print(f"{what}: {each:.1f} TFLOP an image, {steps:,} steps of {images} images: {all_of_it:.1f} EFLOP")
-    print(f"together {total:.1f} EFLOP: {total * 1e4 / 3600:.0f} hours at 100 TFLOP/s")
+            print(f"{what}: {each:.1f} TFLOP an image, {steps:,} steps of {images} images: {all_of_it:.3g} EFLOP")
+    print(f"together {total:.3g} EFLOP: {total * 1e4 / 3600:.3g} hours at 100 TFLOP/s")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

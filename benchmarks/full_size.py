@@ -25,6 +25,7 @@ import torch
 import transformers
 
 import train_diff_instruct_pp as script
+from benchmarks import run
 from benchmarks.reward_cost import full_size
 from diff_instruct.evaluation.judge import Judge
 from diff_instruct.evaluation.pictures import draw_reference
@@ -144,6 +145,17 @@ def measure(args):
     return watch, [b - a for a, b in zip([began, *ends], ends)]
 
 
+def command_of(model, steps, rest):
+    """The training script's words."""
+    return [
+        "--pretrained_model_name_or_path", str(model), "--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"),
+        "--max_train_steps", str(steps), "--num_eval_prompts", "1", "--num_eval_images", "2",
+        "--reward_dtype", "bf16", "--train_batch_size", "1", "--validation_prompts", "an apple",
+        "--validation_steps", "0", "--checkpointing_steps", "0", "--report_to", "none", "--logging_steps", "1",
+        "--mixed_precision", "bf16", *rest,
+    ]  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=ARCHITECTURES)
@@ -154,6 +166,11 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = ROOT / "benchmarks" / "architectures" / ARCHITECTURES[ours.architecture]
     if not ours.measure:  # building in another process leaves none of its memory here
+        parse_args(
+            command_of(source, ours.steps, [*rest, "--dry_run"])
+        )  # mistakes, before minutes of building
+        if ours.folder:
+            Path(ours.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=ours.folder) as temporary:
             folder = Path(ours.folder or temporary) / ours.architecture
             if not (folder / "model_index.json").is_file():
@@ -161,15 +178,9 @@ def main():
             command = [sys.executable, __file__, ours.architecture, "--steps", str(ours.steps), "--folder"]
             command += [str(folder), "--measure", *rest, "--output_dir", f"{temporary}/out"]
             large = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
-            subprocess.run(command, check=True, env={**os.environ, **large})
-        return
-    args = parse_args(
-        ["--pretrained_model_name_or_path", ours.folder, "--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"),
-         "--max_train_steps", str(ours.steps), "--num_eval_prompts", "1", "--num_eval_images", "2",
-         "--reward_dtype", "bf16", "--train_batch_size", "1", "--validation_prompts", "an apple",
-         "--validation_steps", "0", "--checkpointing_steps", "0", "--report_to", "none", "--logging_steps", "1",
-         "--mixed_precision", "bf16", *rest]
-    )  # fmt: skip
+            ended = subprocess.run(command, env={**os.environ, **large})
+        sys.exit(ended.returncode)
+    args = parse_args(command_of(ours.folder, ours.steps, rest))
     planned = plan(args, models_of(args), args.mixed_precision)
     watch, seconds = measure(args)
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
@@ -181,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,13 +11,15 @@ import json
 import time
 from pathlib import Path
 
+from benchmarks import ARCHITECTURES, PUBLISHED, run
+from diff_instruct.mistake import Mistake
+from diff_instruct.models.rounding import KINDS
 from diff_instruct.models.sources import models_of
 from diff_instruct.plan.memory_plan import GIB, peaks, plan
 from diff_instruct.training.arguments import parse_args
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ROOT / "benchmarks" / "architectures"
 SMALL = (
     "--dry_run --mixed_precision bf16 --reward image_reward --reward_dtype bf16 --train_batch_size 1 "
     "--num_eval_images 2 --gradient_checkpointing --use_8bit_adam --prompt_cache prompts --offload_ema "
@@ -27,12 +29,11 @@ SMALL = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="+", choices=sorted(p.name for p in ARCHITECTURES.iterdir()))
-    parser.add_argument("--kinds", nargs="+", default=["none", "int8", "nf4"])
+    parser.add_argument("architectures", nargs="+", choices=PUBLISHED)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--into", type=Path)
     ours, rest = parser.parse_known_args()
-    there = ours.into.read_text().splitlines() if ours.into and ours.into.exists() else []
-    known = [{k: row[k] for k in ("model", "base", "with")} for row in map(json.loads, there)]
+    known = rows_of(ours.into) if ours.into else []
     for name in ours.architectures:
         for kind in ours.kinds:
             row = {"model": name, "base": kind, "with": rest}
@@ -42,6 +43,24 @@ def main():
                 if ours.into:
                     with ours.into.open("a") as file:
                         file.write(line + "\n")
+
+
+def rows_of(path):
+    """What the rows of a file are of; it is made if there is none. Raises Mistake if it cannot be written or read."""
+    try:
+        with path.open("a+") as file:
+            file.seek(0)
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise Mistake(f"--into {path} cannot be written: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({k: row[k] for k in ("model", "base", "with")})
+        except (ValueError, KeyError, TypeError):
+            raise Mistake(f"--into {path}: line {number} is no row of this script: delete it") from None
+    return rows
 
 
 def predicted(name, kind, rest):
@@ -59,4 +78,4 @@ def predicted(name, kind, rest):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import full_size
+import benchmarks
+from benchmarks import arithmetic, full_size, predicted_peaks
 from diff_instruct.objectives import KAPPA
 from diff_instruct.training.arguments import parse_args
 from pocket import build
@@ -235,11 +236,47 @@ def test_full_size_starts_its_measurement(monkeypatch, tiny_model, capsys):
     def second_process(command, **_):
         monkeypatch.setattr(sys, "argv", command[1:])
         full_size.main()
+        return Namespace(returncode=0)
 
     monkeypatch.setattr(full_size.subprocess, "run", second_process)
     monkeypatch.setattr(sys, "argv", ["full_size.py", "sd15", "--reward", "pocket"])
-    full_size.main()
+    with pytest.raises(SystemExit) as ended:
+        full_size.main()
+    assert ended.value.code == 0
     assert "peak, start: 1.00 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        (arithmetic, "stable-diffusion-v1-5 --max_train_steps x", "--max_train_steps must be a whole number"),
+        (predicted_peaks, "stable-diffusion-v1-5 --into {}", "--into {} cannot be written"),
+        (predicted_peaks, "stable-diffusion-v1-5 --into {}/rows", "--into {}/rows: line 2 is no row of this script"),
+        (full_size, "sd15 --lora_rank x", "--lora_rank must be a whole number"),
+    ],
+)
+def test_benchmarks_tell_a_mistake_in_one_line(tmp_path, monkeypatch, script, words, message):
+    """Before anything is predicted or built."""
+    (tmp_path / "rows").write_text('{"model": "x", "base": "none", "with": []}\n{"model": ')
+    monkeypatch.setattr(full_size, "build", None)
+    monkeypatch.setattr(predicted_peaks, "predicted", None)
+    monkeypatch.setattr(sys, "argv", ["script.py", *words.format(tmp_path).split()])
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.run(script.main)
+    assert ended.value.code.startswith("error: " + message.format(tmp_path))
+
+
+def test_hours_of_two_stages_whatever_the_reward(monkeypatch, capsys):
+    """Pretraining has no reward, and its own guidance, also where the reward's scale is measured."""
+    seen = []
+    monkeypatch.setattr(arithmetic, "operations", lambda args: seen.append(args) or 0.05)
+    words = "PixArt-XL-2-512x512 --pretrain_steps 10 --max_train_steps 10 --reward_ratio 2 --cfg_scale 4"
+    monkeypatch.setattr(sys, "argv", ["arithmetic.py", *words.split()])
+    arithmetic.main()
+    first, second = seen
+    assert (first.reward, first.reward_ratio, first.cfg_scale) == (["none"], None, first.pretrain_cfg_scale)
+    assert (second.reward, second.reward_ratio, second.cfg_scale) == (["image_reward"], 2, 4)
+    assert "together 1.6e-05 EFLOP" in capsys.readouterr().out  # 20 steps of 16 images
 
 
 def test_tables_of_the_page_are_what_the_scripts_wrote():
