@@ -49,10 +49,15 @@ def means(scores):
     """Means with their 95% intervals over prompts."""
 
     def cell(values, key):
-        mean, (low, high) = mean_with_interval(over_prompts(values[key]))
-        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+        return mean_of(values[key])
 
     return table("mean", [(label, partial(cell, values)) for label, values in scores.items()])
+
+
+def mean_of(values):
+    """The mean of (S, P) or (S, P, n) with its interval, as text."""
+    mean, (low, high) = mean_with_interval(over_prompts(values))
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def spreads(scores):

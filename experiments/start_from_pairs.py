@@ -46,6 +46,22 @@ def variants(pairs):
     }
 
 
+def chosen(scores):
+    """Markdown: the truth of a picture, of the best of a prompt's n for the trained scorer, and of the truest."""
+
+    def best(values, key):
+        first = values[key].argmax(dim=-1, keepdim=True)
+        return tables.mean_of(values["truth"].gather(-1, first)[..., 0])
+
+    rows = [
+        f"| {label} | {tables.mean_of(values['truth'])} | {best(values, 'reward')} | {best(values, 'truth')} |"
+        for label, values in scores.items()
+    ]
+    return "\n".join(
+        ["| truth | of all pictures | of the best of 4 by `pocket` | of the truest of 4 |", "|---" * 4 + "|", *rows]
+    )
+
+
 def picture(scores, file):
     """Truth against diversity: a point for each seed."""
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
@@ -78,7 +94,7 @@ def main():
     settings = FIRST | changed
     scores |= {label: judge.runs(runs.finished(arguments, args)) for label, arguments in settings.items()}
     scores = {label: stacked(rows) for label, rows in scores.items()}
-    parts = [tables.means(scores), tables.gains(scores, settings), tables.spreads(scores)]
+    parts = [tables.means(scores), tables.gains(scores, settings), tables.spreads(scores), chosen(scores)]
     parts.append(tables.provenance(settings, args, started))
     text = "\n\n".join(filter(None, parts))
     Path(__file__).with_suffix(".md").write_text(text + "\n")
