@@ -34,9 +34,10 @@ SETTINGS = {"the first command's reward": runs.setting(4.5, 10, None), **SURROGA
 
 
 def processor(settings, args):
-    """Markdown: processor seconds of each setting's runs, and over those of the first command's reward."""
+    """Markdown: processor seconds of each setting's runs, and over those of the first command's reward. A run that
+    was made elsewhere has none."""
     seconds = {
-        label: [float((f / "processor_seconds.txt").read_text()) for f in runs.finished(arguments, args)]
+        label: [float(file.read_text()) for f in runs.finished(arguments, args) for file in f.glob("processor_*.txt")]
         for label, arguments in settings.items()
     }
     means = {label: sum(s) / len(s) for label, s in seconds.items()}
