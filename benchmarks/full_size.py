@@ -166,9 +166,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = ROOT / "benchmarks" / "architectures" / ARCHITECTURES[ours.architecture]
     if not ours.measure:  # building in another process leaves none of its memory here
-        parse_args(
-            command_of(source, ours.steps, [*rest, "--dry_run"])
-        )  # mistakes, before minutes of building
+        parse_args(command_of(source, ours.steps, [*rest, "--dry_run"]))  # mistakes, before minutes of building
         if ours.folder:
             Path(ours.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=ours.folder) as temporary:

@@ -15,6 +15,7 @@ import train_diff_instruct_pp as script
 from diff_instruct.mistake import Mistake
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.plan import advice
+from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.prompts.stream import Sampler, StreamBroken
 from diff_instruct.rewards.mix import Mix
 from diff_instruct.terms import IKL
@@ -159,6 +160,23 @@ def test_other_errors_keep_their_traceback(quick_args, monkeypatch):
     monkeypatch.setattr(Denoiser, "loss", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         run_to_the_end(lambda: parse_args([str(a) for a in quick_args]), script.main)
+
+
+def test_an_interrupt_while_prompts_are_encoded(quick_args, tmp_path, monkeypatch, capsys):
+    """Before the first step: one line, no traceback, and what was encoded is kept."""
+    prepare = Conditioning.prepare
+    calls = []
+
+    def interrupted(encode, prompts):
+        calls.append(encode)
+        if len(calls) == 2:  # the first are those to judge with
+            raise KeyboardInterrupt
+        prepare(encode, prompts)
+
+    monkeypatch.setattr(Conditioning, "prepare", interrupted)
+    code, line = ends([*quick_args, "--prompt_cache", tmp_path / "cache"], capsys)
+    assert code == 130 and line.startswith("stopped: SIGINT; what is written stays") and "latest" in line
+    assert list(tmp_path.glob("cache/*/*.safetensors"))
 
 
 def test_a_stream_that_breaks_leaves_a_checkpoint(quick_args, tmp_path, monkeypatch, capsys):

@@ -180,6 +180,8 @@ def encode_ahead(encode, prompts, process_index=0, num_processes=1, total=None):
     share = islice(prompts, process_index, None, num_processes)
     total = total and len(range(process_index, total, num_processes))
     bar = tqdm(share, desc="encoding prompts", total=total, disable=process_index > 0)
-    while part := list(islice(bar, 64)):
-        encode.prepare(part)
-    encode.flush()
+    try:
+        while part := list(islice(bar, 64)):
+            encode.prepare(part)
+    finally:  # also on Ctrl-C: it may be minutes of work
+        encode.flush()

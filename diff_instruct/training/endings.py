@@ -1,5 +1,6 @@
 """How a run ends that does not finish: one line on stderr and an exit code for each reason (docs/robustness.md)."""
 
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -73,6 +74,9 @@ def run_to_the_end(parse_args, main):
         code, line = GO_ON_LATER, f"stopped: {error}; go on later with --resume_from_checkpoint latest"
     except NotWritten as error:
         code, line = NOT_WRITTEN, f"stopped: a file in {args.output_dir} could not be written: {error}"
+    except KeyboardInterrupt:  # before the first step, as while prompts are encoded or pairs drawn, or after the last
+        code, how = 128 + signal.SIGINT, "go on with the same command and --resume_from_checkpoint latest"
+        line = f"stopped: SIGINT; what is written stays: {how}"
     except (RuntimeError, MemoryError) as error:
         if args is None or not is_out_of_memory(error):
             raise

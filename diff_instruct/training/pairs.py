@@ -169,7 +169,8 @@ def make_pairs(args, known, actors, folder, device, process_index=0, processes=1
     shape = actors.pipe.latent_shape(*size)
     dtype = compute_dtype(actors.ref.network)
     rounds = range(0, len(missing), processes)
-    for first in tqdm(rounds, desc=f"drawing {SHARD * processes} pairs", disable=process_index > 0 or not missing):
+    what = f"drawing pairs, {SHARD * processes} at a time"
+    for first in tqdm(rounds, desc=what, disable=process_index > 0 or not missing):
         own = first + process_index < len(missing)
         shard = missing[min(first + process_index, len(missing) - 1)]
         wanted = range(shard * SHARD, (shard + 1) * SHARD)
