@@ -350,7 +350,7 @@ def test_commas_in_a_path(tmp_path, monkeypatch):
         (["--models", "a=x,steps=25,guidance=1,timestep=3"], "goes without base, timestep and noise"),
         (["--models", "a=x,steps=1,guidance=1"], "steps must be at least 2"),
         (["--models", "a=x", "a=y"], "the name `a` is given twice"),
-        (["--models", "a=/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
+        (["--models", "a=/nowhere/at/all"], "from /nowhere/at/all: there is no such folder"),
         (["--models", "a=TINY"], "is a PixArtAlphaPipeline: say steps"),
         (["--models", "a=TINY/transformer"], "is a network only: say its pipeline"),
         (["--models", "a=TINY/transformer,steps=4,guidance=2"], "is no folder of a whole pipeline"),

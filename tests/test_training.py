@@ -230,7 +230,7 @@ def test_alignment_starts_from_a_pretrained_generator(tiny_args, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--pretrained_model_name_or_path", "/nowhere/at/all"], "no pipeline can be read from /nowhere/at/all"),
+        (["--pretrained_model_name_or_path", "/nowhere/at/all"], "from /nowhere/at/all: there is no such folder"),
         (["--train_prompts", "/nowhere.txt"], "--train_prompts: no such file or folder"),
         (["--reward", "beauty"], "unknown reward `beauty`; known are image_reward, hpsv2"),
         (["--output_dir", "/dev/null/out"], "--output_dir /dev/null/out cannot be made"),

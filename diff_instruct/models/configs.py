@@ -46,6 +46,9 @@ def read_index(path, **where):
     """
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise Mistake(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline")
+    of_no_hub = str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1  # owner/name, or a name
+    if of_no_hub and not Path(path).exists():
+        raise Mistake(f"no pipeline can be read from {path}: there is no such folder")
     try:
         return DiffusionPipeline.load_config(path, **where)
     except OSError as error:
