@@ -1,8 +1,9 @@
 """The first command with one thing changed at a time, on the pocket reference: `python experiments/one_change.py`.
 
 What does guidance of 4.5 do to this reference? Which of the suspects is why it harms at all noise levels? Which
-`--weighting` is best? What does the reward do where nothing holds it? Every run starts from the committed one-step
-generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels unless said otherwise.
+`--weighting` is best? What does the reward do where nothing holds it? What does a rounded base cost? Every run starts
+from the committed one-step generator with (α_cfg, α_rew) = (4.5, 10), guided at the lower half of the noise levels
+unless said otherwise.
 Weightings are compared twice: with that α_rew, and with a reward that pulls as hard as the divergence, since they
 weigh the divergence differently. `--only` names the questions asked. Writes `one_change_<question>.md` and `.png`
 beside this file, and for the reward's questions how far pictures are from the real ones, and a sheet of them.
@@ -24,6 +25,7 @@ from diff_instruct.objectives import WEIGHTINGS
 
 changed = partial(runs.setting, 4.5, 10, "0 0.5")
 BALANCED = "--cfg_scale 4.5 --cfg_interval 0 0.5 --reward_ratio 1 --reward_ratio_steps 5"
+ADAPTERS = "--lora_rank 32 --ta_lora_rank 32 --learning_rate 1e-3"
 QUESTIONS = {
     "guidance": {
         "4.5 at the lower half (the first command's)": changed(),
@@ -47,6 +49,10 @@ QUESTIONS = {
     "guard": {
         "α_rew 10,000": runs.setting(4.5, 10_000, None),
         "with --norm_guard 1000": runs.setting(4.5, 10_000, None, "--norm_guard 1000"),
+    },
+    "rounding": {  # generator and TA are adapters on the reference, and start as it
+        name: runs.setting(4.5, 10, None, f"--base_quantization {kind} {ADAPTERS}")
+        for name, kind in (("float32", "none"), ("int8", "int8"), ("nf4", "nf4"))
     },
     "suspects": {
         "4.5 at all levels": runs.setting(4.5, 10),
