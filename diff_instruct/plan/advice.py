@@ -3,6 +3,8 @@
 import copy
 from typing import NamedTuple
 
+from tqdm.auto import tqdm
+
 from diff_instruct.models.roles import has_surrogate
 from diff_instruct.models.sharding import processes
 from diff_instruct.models.sources import models_of
@@ -95,7 +97,9 @@ def advice(args, models, memory_gib):
         batch = args.train_batch_size + int((memory_gib * GIB - need) / each)
         return f"{line}It fits into {memory_gib:g} GiB, and so does a batch of about {batch}."
     words = []
-    for lever in levers(args, models):
+    bar = tqdm(levers(args, models), desc="flags tried, until it fits", leave=False)  # each is a prediction of its own
+    for lever in bar:
+        bar.set_postfix_str(lever.words)
         args, flag = lever.on(args), lever.words.split()[0]
         words = [earlier for earlier in words if not earlier.startswith(flag)] + [lever.words]
         need = highest(args, models)[1]
