@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import run
 from diff_instruct.models.actors import load_actors
 from diff_instruct.models.lora import trained_parameters
 from diff_instruct.models.reference import encode_null
@@ -70,7 +71,7 @@ def step(folder, kind, rest, adapters=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a pipeline, such as full_size.py builds")
-    parser.add_argument("--kinds", nargs="+", default=["int8", "nf4"])
+    parser.add_argument("--kinds", nargs="+", choices=["int8", "nf4"], default=["int8", "nf4"])
     ours, rest = parser.parse_known_args()
     plain, adapters = step(ours.folder, "none", rest)
     for kind in ours.kinds:
@@ -86,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
