@@ -80,9 +80,9 @@ def main():
         rounded, _ = step(ours.folder, kind, rest, adapters)
         row = {"base": kind, "with": rest, "processor s": round(time.process_time() - start)}
         for what, v in rounded.items():
-            w = plain[what].float()
-            row[f"cosine, {what}"] = round(torch.cosine_similarity(v.float(), w, dim=0).item(), 4)
-            row[f"norm, {what}"] = round((v.float().norm() / w.norm()).item(), 4)
+            v, w = v.double(), plain[what].double()  # millions of elements
+            row[f"cosine, {what}"] = round(torch.cosine_similarity(v, w, dim=0).item(), 4)
+            row[f"norm, {what}"] = round((v.norm() / w.norm()).item(), 4)
         print(json.dumps(row), flush=True)
 
 

@@ -50,7 +50,7 @@ QUESTIONS = {
         "α_rew 10,000": runs.setting(4.5, 10_000, None),
         "with --norm_guard 1000": runs.setting(4.5, 10_000, None, "--norm_guard 1000"),
     },
-    "rounding": {  # generator and TA are adapters on the reference, and start as it
+    "rounding": {  # adapters on the reference; the generator starts as the closest one to the pocket's
         name: runs.setting(4.5, 10, None, f"--base_quantization {kind} {ADAPTERS}")
         for name, kind in (("float32", "none"), ("int8", "int8"), ("nf4", "nf4"))
     },
