@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler, PixArtAlphaPipeline
 
 from diff_instruct.evaluation.judge import diversity, pixel_features
 from diff_instruct.evaluation.noise import fixed_noise
+from diff_instruct.evaluation.pictures import draw_reference
 from diff_instruct.evaluation.statistics import compare, interval, mean_with_interval
+from diff_instruct.models.configs import ModelSource
+from diff_instruct.models.sources import read_models
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -58,3 +62,21 @@ def test_noise_is_fixed_and_differs_by_prompt_and_seed():
     z = fixed_noise((1, 2, 2), 0, 3)
     assert torch.equal(z, fixed_noise((1, 2, 2), 0, 3))
     assert not torch.equal(z[0], z[1]) and not torch.equal(z, fixed_noise((1, 2, 2), 1, 3))
+
+
+def test_a_reference_whose_sampler_draws_noise_draws_the_same_pictures_again(tiny_model):
+    """Whatever was drawn in between, as where a run is resumed. Such a sampler is SANA-Sprint's own, too."""
+    stock = PixArtAlphaPipeline.from_pretrained(tiny_model)
+    stock.scheduler = EulerAncestralDiscreteScheduler.from_config(stock.scheduler.config)
+    given = (
+        read_models(ModelSource(tiny_model)),
+        stock,
+        ["a red apple"],
+        fixed_noise((4, 8, 8), 0, 1),
+        (16, 16),
+        2.0,
+        3,
+    )
+    first = draw_reference(*given)
+    torch.rand(7)
+    assert torch.equal(first, draw_reference(*given))

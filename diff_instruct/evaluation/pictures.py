@@ -122,6 +122,10 @@ def draw(generator, encode, prompts, noise):
 
 @torch.no_grad()
 def draw_reference(models, stock, prompts, noise, size, cfg_scale, steps=REFERENCE_STEPS):
-    """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance, one by one."""
-    pictures = [sample(models, stock, [c], z[None], steps, cfg_scale, size) for c, z in zip(prompts, noise)]
+    """Images (B, 3, H, W) in [0, 1] of the reference itself, in many steps with guidance, one by one; the noise that
+    its sampler may draw is fixed."""
+    pictures = []
+    for i, (c, z) in enumerate(zip(prompts, noise)):
+        rng = torch.Generator().manual_seed(i)
+        pictures.append(sample(models, stock, [c], z[None], steps, cfg_scale, size, generator=rng))
     return torch.cat(pictures)
