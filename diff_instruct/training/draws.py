@@ -124,7 +124,9 @@ def make_pair_stream(args, accelerator, known, actors, encode):
     place = accelerator.process_index, accelerator.num_processes
     with actors.ref.act(), drawing(args, actors.stock, encode, actors.networks, accelerator.device):
         folder = PairFolder(args, recipe(args, known.models, actors), accelerator.is_main_process)
-        make_pairs(args, known, actors, folder, accelerator.device, *place)
+        missing = folder.missing(args.num_pairs)
+        accelerator.wait_for_everyone()  # all see the same are missing: none has been drawn yet
+        make_pairs(args, known, actors, folder, missing, accelerator.device, *place)
     accelerator.wait_for_everyone()
     return PairStream(
         folder,

@@ -157,13 +157,14 @@ class PairFolder:
             raise Mistake(f"--pair_folder: {self.file(shard)} is damaged ({error}): delete it") from None
 
 
-def make_pairs(args, known, actors, folder, device, process_index=0, processes=1):
-    """Draw the pairs that are missing in a [`PairFolder`], with a bar; processes share them by files.
+def make_pairs(args, known, actors, folder, missing, device, process_index=0, processes=1):
+    """Draw the files that are `missing` in a [`PairFolder`], with a bar; processes, who must all be given the same,
+    share them.
 
     Pair i is the i-th prompt of the shuffled stream, its own noise, and what the stock pipeline with its own sampler
     makes of both; so it is the same whoever makes it. All processes draw equally often: a sharded reference takes all.
     """
-    missing, models, stock = folder.missing(args.num_pairs), known.models, actors.stock
+    models, stock = known.models, actors.stock
     stream, read = PromptStream(known.train_prompts, args.seed, args.shuffle_buffer_size), 0
     (size,) = models.image_sizes
     shape = actors.pipe.latent_shape(*size)
