@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diff_instruct.models.reference import sample, sample_latents
 from diff_instruct.objectives import KAPPA
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.terms import Alpha, Anchor, Batch
+from diff_instruct.training import draws
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.draws import Draws, shifted
 from diff_instruct.training.pairs import PairFolder, PairStream, pair_loss
@@ -202,3 +204,20 @@ def test_shifted_noise_levels(s):
 def test_mistakes(tiny_args):
     with pytest.raises(ValueError, match="--timestep_shift is of flow matching"):
         run([*tiny_args, "--timestep_shift", 3])
+
+
+def test_processes_agree_on_what_is_missing_before_one_draws(monkeypatch):
+    """A slow process that looked after another had written would leave out its share."""
+    told, somewhere = [], Namespace(network=None, networks=(), timesteps=(0,), act=nullcontext)
+    monkeypatch.setattr(draws, "PairFolder", lambda *_: Namespace(missing=lambda n: told.append("looks") or [0]))
+    monkeypatch.setattr(draws, "recipe", lambda *_: {})
+    monkeypatch.setattr(draws, "drawing", lambda *_: nullcontext())
+    monkeypatch.setattr(draws, "make_pairs", lambda *_: told.append("draws"))
+    accelerator = Namespace(
+        process_index=0, num_processes=2, is_main_process=True, device="cpu",
+        wait_for_everyone=lambda: told.append("waits"),
+    )  # fmt: skip
+    actors = Namespace(ref=somewhere, stock=None, networks=(), pipe=somewhere)
+    args = Namespace(num_pairs=64, train_batch_size=2, seed=0)
+    draws.make_pair_stream(args, accelerator, Namespace(models=None), actors, None)
+    assert told == ["looks", "waits", "draws", "waits"]
