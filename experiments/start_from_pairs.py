@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pocket_runs as runs
 import pocket_tables as tables
-from pocket_judge import METRICS, Judge, one_step, stacked
+from pocket_judge import METRICS, N_IMAGES, Judge, one_step, stacked
 
 from diff_instruct.training.arguments import pocket_defaults
 from pocket.build import BEST_GUIDANCE
@@ -53,13 +53,13 @@ def chosen(scores):
         first = values[key].argmax(dim=-1, keepdim=True)
         return tables.mean_of(values["truth"].gather(-1, first)[..., 0])
 
+    n = N_IMAGES
+    head = [f"| truth | of all pictures | of the best of {n} by `pocket` | of the truest of {n} |", "|---" * 4 + "|"]
     rows = [
         f"| {label} | {tables.mean_of(values['truth'])} | {best(values, 'reward')} | {best(values, 'truth')} |"
         for label, values in scores.items()
     ]
-    return "\n".join(
-        ["| truth | of all pictures | of the best of 4 by `pocket` | of the truest of 4 |", "|---" * 4 + "|", *rows]
-    )
+    return "\n".join([*head, *rows])
 
 
 def picture(scores, file):

@@ -150,11 +150,11 @@ def run_shell(command, model, prompts):
     if any(command.startswith(start) for start in NOT_RUN):
         for script in re.findall(r"\S+\.py\b", command):
             assert (ROOT / script).is_file(), command
-            if not script.startswith(
-                TRAIN
-            ):  # flags of its own, of scripts beside it, of training
+            if not script.startswith(TRAIN):  # its own flags, those of scripts beside it, and those that it passes on
+                text = (ROOT / script).read_text()
                 beside = "".join(file.read_text() for file in (ROOT / script).parent.glob("*.py"))
-                flags = set(re.findall(r"--[a-z_]+", command)) - set(build_parser()._option_string_actions)
+                passed = build_parser()._option_string_actions if "parse_known_args" in text else {}
+                flags = [flag for flag in re.findall(r"--[a-z_]+", command) if flag not in passed]
                 assert all(f'"{flag}"' in beside for flag in flags), command
     elif f" {TRAIN}" in command:
         launch, arguments = command.split(TRAIN, 1)
