@@ -17,13 +17,14 @@ from diff_instruct.training.optimizer import stage
 from diff_instruct.training.pairs import pair_loss
 from diff_instruct.training.set_up import set_up
 from diff_instruct.training.steps import generated, ta_loss
-from diff_instruct.training.watch import Watch
+from diff_instruct.training.watch import Watch, ending_where_rewards_fail
 
 
 def main(args):
     run = set_up(args)
     if run is not None:  # else --dry_run has said it all
-        align(run)
+        with ending_where_rewards_fail(run):
+            align(run)
         finish(run)
 
 
@@ -39,21 +40,23 @@ def align(run):
             watch.after(step, alpha)
             continue
 
-        if run.surrogate is not None and alpha.rew:
-            learn_reward(run, watch, step, alpha)
+        asked = ask_judge(run, alpha)  # where r has no gradient; it looks at pictures while ψ learns
 
         kept = []
         if args.reuse_generated and step >= 0:  # then ψ and θ learn from one x0, whose graph waits for θ's turn
             kept = [batch._replace(x0=generated(batch, generator)) for batch in run.draws.of_theta(step)]
 
         # θ is frozen; K_TA times ψ takes a step: min_ψ λ(t) ‖s_ψ(x_t, t, c) − ∇ log p(x_t | x0)‖².
-        for k in range(args.ta_steps if step >= 0 else 1):
+        for k in watch.ta_steps(step):
             for batch in kept if kept and k == 0 else run.draws():  # c ~ prompts, z ~ N(0, I), t ~ π(t), ε ~ N(0, I)
                 loss = ta_loss(batch, generator, ta)  # x0 = g_θ(z, c), x_t = α_t x0 + σ_t ε
                 accelerator.backward(loss / run.draws.passes)
                 watch.see({"ta_loss": loss})
             if not psi.step():
                 watch.not_taken(step, psi)
+
+        if asked:
+            learn_reward(run, watch, step, alpha, asked)
 
         # ψ is frozen; θ takes a step: min_θ −α_rew r(x0, c) + w(t) ⟨sg[s_ψ(x_t, t, c) − s̃_ref(x_t, t, c)], x_t⟩.
         if step >= 0:
@@ -87,15 +90,22 @@ def learn_pairs(run, watch, step):
         theta.begin_from_average(**stage(run.args))
 
 
-def learn_reward(run, watch, step, alpha):
+def ask_judge(run, alpha):
+    """Pictures of the generator that a judge is asked about; those of one prompt will be compared. None without a
+    surrogate."""
+    if run.surrogate is None or not alpha.rew:
+        return []
+    return [run.surrogate.ask(batch) for batch in run.draws.groups(run.surrogate.group)]
+
+
+def learn_reward(run, watch, step, alpha, asked):
     """A step of the surrogate φ: log p_φ(x0 | c) / p_ref(x0 | c) becomes α_rew r(x0, c), by comparing pictures of one
     prompt, of which the reward gives numbers alone."""
     phi = run.state.phi
-    with watch.scoring():
-        for batch in run.draws.groups(run.surrogate.group):
-            loss, figures = run.surrogate.loss(batch, alpha.rew)
-            run.accelerator.backward(loss / run.draws.passes)
-            watch.see(figures)
+    for pictures in asked:
+        loss, figures = run.surrogate.loss(pictures, alpha.rew)
+        run.accelerator.backward(loss / run.draws.passes)
+        watch.see(figures)
     if not phi.step():
         watch.not_taken(step, phi)
 

@@ -192,24 +192,15 @@ def reward_gradient(
     return torch.cat(rewards), torch.cat(gradients)
 
 
-def diffused_reward_gradient(
-    x0: Tensor,
-    denoised: Tensor,
-    w: Tensor,
-    prompts: list[str],
-    reward: Callable,
-    decode: Callable,
-    batch_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """r(D_k(x_t, c), c), (B,), and w(t) α ∇_{x_t} r(D_k(x_t, c), c), (B, C, H, W) (DIDR, arXiv 2605.24001).
+def diffused_reward_gradient(x0: Tensor, denoised: Tensor, w: Tensor, gradient: Tensor) -> Tensor:
+    """w(t) α ∇_{x_t} r(D_k(x_t, c), c), (B, C, H, W) (DIDR, arXiv 2605.24001).
 
     α_rew times it is w α s_r: the target score becomes s̃_ref + s_r, that of p_ref(x0 | c) exp(α_rew r(x0, c)). So
     α_rew is the exponent of the tilt, in nats per unit of reward. Unlike the gradient of the clean image's reward it
     is multiplied by w(t), κ/√d included, so that the optimum depends on neither w(t) nor κ nor d.
 
     Args:
-        x0: the leaf from which `denoised`, D_k(x_t, c), has been computed; w as in `weight`; the rest as in
-            `reward_gradient`: only decoder and reward run in micro-batches.
+        x0: the leaf from which `denoised`, D_k(x_t, c), has been computed; w as in `weight`.
+        gradient: ∇r at `denoised`, as `reward_gradient` gives it.
     """
-    rewards, gradient = reward_gradient(denoised, prompts, reward, decode, batch_size)
-    return rewards, w * torch.autograd.grad(denoised, x0, gradient)[0]
+    return w * torch.autograd.grad(denoised, x0, gradient)[0]

@@ -12,11 +12,14 @@ The log-likelihood of x0 is an integral of denoising errors over the log-SNR λ 
 So the levels are uniform in λ, and their errors count alike. Other weights give a tilt of another size.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from diff_instruct.rewards.numbers import NoScores
-from diff_instruct.training.checkpoints import fails_anywhere
+from diff_instruct.rewards.asking import ask, on_all
+from diff_instruct.terms import Batch
 
 
 LOWEST = -6.0  # λ of the noisiest level: below it is 0.25% of the log-likelihood of data with variance 1
@@ -68,6 +71,13 @@ def bradley_terry(log_ratios, rewards, reward_scale):
     return (cross - entropy).mean()
 
 
+class Asked(NamedTuple):
+    """A [`Batch`] whose pictures x0 a judge has been asked about, and functions that wait for its numbers."""
+
+    batch: Batch
+    answers: list[Callable]
+
+
 class Surrogate:
     """What φ learns from: pictures of the generator, n of one prompt, the judge's numbers, and both networks' errors.
 
@@ -90,15 +100,32 @@ class Surrogate:
         _, log_snr = levels(phi.schedule, low, high)
         self.span = float(log_snr[0] - log_snr[-1])
 
-    def loss(self, batch, reward_scale):
-        """The loss of a batch of [`Draws`]`.groups`, with gradient for φ alone, and figures to log.
+    @torch.no_grad()
+    def ask(self, batch):
+        """Draw the pictures of a batch of [`Draws`]`.groups`, and ask the judge, without waiting for one that is
+        elsewhere: what was [`Asked`].
+
+        Raises:
+            NoScores: on all processes.
+        """
+        x0 = self.generator.generate(batch.z, batch.c, batch.noise, batch.step)
+        size = self.batch_size or len(x0)
+        with on_all(self.accelerator):
+            answers = [
+                ask(self.reward, self.decode(x0[i : i + size]), batch.prompts[i : i + size])
+                for i in range(0, len(x0), size)
+            ]
+        return Asked(batch._replace(x0=x0), answers)
+
+    def loss(self, asked, reward_scale):
+        """The loss of what was [`Asked`], with gradient for φ alone, and figures to log.
 
         Raises:
             NoScores: on all processes, before φ has been asked for anything.
         """
-        with torch.no_grad():
-            x0 = self.generator.generate(batch.z, batch.c, batch.noise, batch.step)
-            r = self.scores(x0, batch.prompts)
+        batch, x0 = asked.batch, asked.batch.x0
+        with torch.no_grad(), on_all(self.accelerator):
+            r = torch.cat([answer() for answer in asked.answers])
         groups = len(x0) // self.group
         of_group = torch.arange(groups, device=x0.device).repeat(self.group)
         total = sum(self.at_level(x0, batch, of_group + groups * level) for level in range(self.group)) / self.group
@@ -112,17 +139,3 @@ class Surrogate:
         with torch.no_grad():
             from_ref = self.ref.x0(x_t, t, batch.c)
         return log_ratio(x0, self.phi.x0(x_t, t, batch.c), from_ref, *self.phi.schedule(t), self.span)
-
-    def scores(self, x0, prompts):
-        """r(x0, c), (B,), without gradient."""
-        r, why, size = [], None, self.batch_size or len(x0)
-        try:
-            for i in range(0, len(x0), size):
-                r.append(self.reward(self.decode(x0[i : i + size]), prompts[i : i + size]))
-        except NoScores as error:
-            why = error
-        if self.accelerator is not None and fails_anywhere(self.accelerator, why):
-            raise why or NoScores("another process got no scores")
-        if why is not None:
-            raise why
-        return torch.cat(r)

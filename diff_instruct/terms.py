@@ -26,6 +26,7 @@ from diff_instruct.objectives import (
     score_difference,
     score_gradient,
 )
+from diff_instruct.rewards.asking import asking, on_all
 
 
 class Alpha(NamedTuple):
@@ -136,11 +137,22 @@ class LatentReward:
     Args:
         score: a function (pixels, prompts) -> (B,), differentiable in the pixels.
         decode: a function from latents to pixels.
+        accelerator: of several processes, which all end when one has no scores.
     """
 
     score: Callable
     decode: Callable
     batch_size: int | None = None
+    accelerator: object = None
+
+    def gradient(self, x0, prompts):
+        """r, (B,), and ∇r at latents x0, (B, C, H, W): see `reward_gradient`.
+
+        Raises:
+            NoScores: on all processes, if the reward or its backward pass fails on one of them.
+        """
+        with on_all(self.accelerator), asking("the reward's gradient"):
+            return reward_gradient(x0, prompts, self.score, self.decode, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -155,12 +167,11 @@ class CleanReward:
         return alpha.rew != 0 or alpha.measuring
 
     def gradient(self, noised):
-        reward, alpha = self.reward, noised.alpha
-        r, grad_r = reward_gradient(noised.x0, noised.batch.prompts, reward.score, reward.decode, reward.batch_size)
+        r, grad_r = self.reward.gradient(noised.x0, noised.batch.prompts)
         noised.figures["reward"] = r.mean()
-        if alpha.measuring:  # what α_rew is to scale
+        if noised.alpha.measuring:  # what α_rew is to scale
             noised.figures["norm_reward"] = mean_norm(grad_r)
-        return {"reward": -alpha.rew * grad_r}
+        return {"reward": -noised.alpha.rew * grad_r}
 
 
 @dataclass(frozen=True)
@@ -177,13 +188,10 @@ class DiffusedReward:
         return alpha.rew != 0
 
     def gradient(self, noised):
-        reward, w, prompts = self.reward, noised.estimates.w, noised.batch.prompts
         d_k = denoise(noised.guided, noised.x_t, noised.batch.t, noised.ref, noised.schedule, self.k)
-        r, grad_r = diffused_reward_gradient(
-            noised.x0, d_k, w, prompts, reward.score, reward.decode, reward.batch_size
-        )
+        r, grad_r = self.reward.gradient(d_k, noised.batch.prompts)
         noised.figures["reward"] = r.mean()
-        return {"reward": -noised.alpha.rew * grad_r}
+        return {"reward": -noised.alpha.rew * diffused_reward_gradient(noised.x0, d_k, noised.estimates.w, grad_r)}
 
 
 @dataclass(frozen=True)

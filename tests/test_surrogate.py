@@ -4,21 +4,28 @@ Per element p_ref(x0) = N(μ, S) and p_φ = N(μ + δ, S), both denoisers exact,
 log p_φ − log p_ref is linear in x, and δ = α_rew k S makes p_φ = p_ref exp(α_rew r).
 """
 
+import contextlib
+import gc
 import json
+import threading
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.rewards.remote import RemoteReward
 from diff_instruct.surrogate import LOWEST, Surrogate, bradley_terry, level_timesteps, levels, log_ratio
 from diff_instruct.terms import IKL, Alpha, Batch, SurrogateReward
 from diff_instruct.training.arguments import parse_args
 from diff_instruct.training.endings import Ending
+from diff_instruct.training.optimizer import Trained
 from diff_instruct.training.steps import GeneratorStep
+from examples.reward_server import serve
 from experiments.exact import Exact
 from pipeline_one_step import Schedule
 from tests.runs import checkpoints, history, run, same, trained, weights
+from tests.test_black_box import running
 
 
 S, MU, K, ALPHA = 0.6, 0.8, 0.05, 3.0
@@ -104,7 +111,7 @@ def test_phi_learns_the_tilted_reference(schedule, a, b):
     def loss(delta, rng):
         phi, ref = Shifted(schedule, MU + delta), Shifted(schedule, MU)
         surrogate = Surrogate(Given(a, b), phi, ref, reward, lambda x: x, GROUP, LOW, HIGH, batch_size=100)
-        return surrogate.loss(batch_of(schedule, 512, rng), ALPHA)[0]
+        return surrogate.loss(surrogate.ask(batch_of(schedule, 512, rng)), ALPHA)[0]
 
     assert covered(schedule) > 0.98
     assert learn(loss) == pytest.approx(DELTA / covered(schedule), rel=0.04)
@@ -331,23 +338,104 @@ def test_a_judge_that_leaves_ends_the_run_after_a_checkpoint(command, tmp_path, 
     """In step 3 of 4; what was written goes on to the same weights."""
     options = [*command, "--max_train_steps", 4, "--checkpointing_steps", 0]
     run([*options, "--output_dir", tmp_path / "whole"])
-    loss, calls = Surrogate.loss, []
+    ask, calls = Surrogate.ask, []
 
-    def leaves(self, batch, reward_scale):
+    def leaves(self, batch):
         calls.append(1)
         monkeypatch.setenv("JUDGE", "gone" if len(calls) == 3 else "here")
-        return loss(self, batch, reward_scale)
+        return ask(self, batch)
 
-    monkeypatch.setattr(Surrogate, "loss", leaves)
+    monkeypatch.setattr(Surrogate, "ask", leaves)
     with pytest.raises(
-        Ending, match="failed: RuntimeError: the judge has left after step 2; .*checkpoint-2 is w"
+        Ending, match="failed: RuntimeError: the judge has left .line 6 of judge.py. after step 2; .*checkpoint-2 is w"
     ) as end:
         run([*options, "--output_dir", tmp_path / "parts"])
     assert end.value.code == 75 and checkpoints(tmp_path / "parts") == ["checkpoint-2"]
     again = [*options, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
     monkeypatch.delenv("JUDGE")
-    monkeypatch.setattr(Surrogate, "loss", loss)
+    monkeypatch.setattr(Surrogate, "ask", ask)
     run(again)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert history(tmp_path / "whole") == history(tmp_path / "parts")
+
+
+def served(command, url):
+    words = [str(word) for word in command]
+    words[words.index("--reward") + 1] = f"{url}/count"
+    return [*words, "--max_train_steps", 3, "--checkpointing_steps", 0, "--reward_batch_size", 2, "--ta_steps", 2]
+
+
+def brightness(pixels, prompts):
+    return (100 * pixels.mean(dim=(1, 2, 3))).round()
+
+
+@pytest.mark.parametrize("passes, options", [(1, []), (2, ["--reuse_generated", *LORA])])
+def test_a_judge_elsewhere_looks_while_the_ta_learns(command, tmp_path, monkeypatch, passes, options):
+    """A judge that answers no sooner than the TA has taken its steps holds nothing up; the run is the same as one that
+    waits for each answer at once, and no thread is left."""
+    told, taught = [], threading.Event()
+    ask, step, judged, threads = Surrogate.ask, Trained.step, RemoteReward.ask, threading.active_count()
+
+    def judge(pixels, prompts):
+        told.append("answer" if taught.wait(30) else "it waits for ever")
+        return brightness(pixels, prompts)
+
+    def asks(self, batch):
+        taught.clear()
+        told.append("ask")
+        return ask(self, batch)
+
+    def steps(self):
+        told.append(self.name)
+        if told[-2:] == ["teaching assistant"] * 2:
+            taught.set()
+        return step(self)
+
+    with running(serve({"count": judge})) as url:
+        words = [*served(command, url), *options, "--gradient_accumulation_steps", passes]
+        taught.set()  # whoever asks outside of the steps is answered at once
+        with monkeypatch.context() as m:
+            m.setattr(Surrogate, "ask", asks)
+            m.setattr(Trained, "step", steps)
+            run([*words, "--output_dir", tmp_path / "meanwhile"])
+        at_once = lambda *args: (lambda answer: lambda: answer)(judged(*args)())  # noqa: E731
+        monkeypatch.setattr(RemoteReward, "ask", at_once)
+        of_steps = " ".join(told).removeprefix("answer ").split("ask", 1)[1].rpartition("generator")[0]
+        run([*words, "--output_dir", tmp_path / "waits"])
+    one = ["ask"] * passes + ["teaching assistant"] * 2 + ["answer"] * 2 * passes + ["surrogate", "generator"]
+    assert f"ask{of_steps}generator" == " ".join(one * 3)
+    gc.collect()
+    assert threading.active_count() == threads
+    assert same(weights(tmp_path / "meanwhile"), weights(tmp_path / "waits"))
+    assert history(tmp_path / "meanwhile") == history(tmp_path / "waits")
+
+
+def test_a_judge_elsewhere_that_goes_away_and_comes_back(command, tmp_path, monkeypatch):
+    """In the second step, as a run of two passes asks; that shows after the TA's steps, which are not taken again."""
+    asks, calls = Surrogate.ask, []
+
+    with contextlib.ExitStack() as server, monkeypatch.context() as m:
+        url = server.enter_context(running(serve({"count": brightness})))
+        words = [*served(command, url), "--reward_retries", 0, "--gradient_accumulation_steps", 2]
+        run([*words, "--output_dir", tmp_path / "whole"])
+
+        def goes_away(self, batch):
+            calls.append(1)
+            if len(calls) == 3:
+                server.close()
+                self.reward.rewards[0].http.clear()
+            return asks(self, batch)
+
+        m.setattr(Surrogate, "ask", goes_away)
+        with pytest.raises(
+            Ending, match=f"`{url}/count` does not answer: .* after step 1; .*checkpoint-1 is w"
+        ):
+            run([*words, "--output_dir", tmp_path / "parts"])
+    again = [*words, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(Mistake, match="does not answer"):
+        run(again)
+    with running(serve({"count": brightness}, port=int(url.rpartition(":")[2]))):
+        run(again)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
 
@@ -365,7 +453,7 @@ def test_a_validation_without_scores_is_made_up_for(command, tmp_path, monkeypat
 
     with monkeypatch.context() as m:
         m.setattr(GeneratorStep, "__call__", leaves)
-        with pytest.raises(Ending, match="the judge has left after step 1; .*checkpoint-1 is written"):
+        with pytest.raises(Ending, match="the judge has left .* after step 1; .*checkpoint-1 is written"):
             run([*options, "--output_dir", tmp_path / "parts"])
     again = [*options, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
     with pytest.raises(Mistake, match="the judge has left"):

@@ -6,6 +6,7 @@ from accelerate.utils import gather_object
 
 from diff_instruct.evaluation.noise import fixed_noise, further_noise
 from diff_instruct.evaluation.pictures import draw
+from diff_instruct.rewards.asking import asking
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.numbers import NoScores
 
@@ -52,15 +53,21 @@ def in_batches(function, pixels, batch_size, *prompts):
 
 
 def judge_images(pixels, prompts, reward, heldout, batch_size=16):
-    """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s."""
-    _, features_of = diversity_features(reward, heldout)
+    """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s.
+
+    Raises:
+        NoScores: whatever else a judge raises, see `asking`.
+    """
+    features, features_of = diversity_features(reward, heldout)
     parts = in_batches(reward.scores, pixels, batch_size, prompts) if reward.names else {}
     row = {"reward": reward.combine(parts)} if reward.names else {}
     if not reward.is_plain:
         row |= {f"reward_{name}": r for name, r in parts.items()}
     for k, (name, scorer) in enumerate(heldout.items()):
-        row[f"heldout_{name}" if k else "heldout"] = in_batches(scorer, pixels, batch_size, prompts)
-    row["diversity"] = diversity(in_batches(features_of, pixels, batch_size))
+        with asking(f"reward `{name}`"):
+            row[f"heldout_{name}" if k else "heldout"] = in_batches(scorer, pixels, batch_size, prompts)
+    with asking(f"what diversity is measured by, `{features}`,"):
+        row["diversity"] = diversity(in_batches(features_of, pixels, batch_size))
     return row
 
 

@@ -244,7 +244,7 @@ def activations(args, models, mixed_precision):
             ta_loss(one, generator, ta).backward()
 
         def surrogate_phase():
-            surrogate.loss(one, args.reward_scale)[0].backward()
+            surrogate.loss(surrogate.ask(one), args.reward_scale)[0].backward()
 
         def generator_phase(batch=None):
             x0 = generated(batch or one, generator)

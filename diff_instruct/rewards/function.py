@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from diff_instruct.mistake import Mistake
+from diff_instruct.rewards.asking import asking
 from diff_instruct.rewards.numbers import NoScores, pictures_of, scores_of, wanted
 from diff_instruct.rewards.pixels import clamp
 
@@ -64,48 +65,30 @@ class FunctionReward(torch.nn.Module):
         The function gets them in [0, 1]; pixels outside keep their gradient.
 
         Raises:
-            NoScores: for an output that is no score for each image, or has no gradient where one is needed; where none
-                is needed, also if the function fails.
+            NoScores: if the function fails; for an output that is no score for each image, or has no gradient where
+                one is needed.
         """
         n, needs_gradient = len(pixels), torch.is_grad_enabled() and pixels.requires_grad
         inputs = pictures_of(pixels) if self.takes_pictures else clamp(pixels)
-        if needs_gradient:
-            r = self.function(inputs, prompts)
-            if not isinstance(r, torch.Tensor):
-                raise NoScores(f"reward `{self.spec}` returned {type(r).__name__}; {wanted(n, gradient=True)}")
-        else:
-            r = self.numbers(inputs, prompts)
+        with asking(f"reward `{self.spec}`", self.spec.rpartition(":")[0]):
+            r = self.function(inputs, list(prompts))
+        if needs_gradient and not isinstance(r, torch.Tensor):
+            raise NoScores(f"reward `{self.spec}` returned {type(r).__name__}; {wanted(n, gradient=True)}")
         r = scores_of(r, n, self.spec, pixels.device)
         if needs_gradient and not r.requires_grad:
             raise NoScores(f"reward `{self.spec}` returned scores without gradient; {wanted(n, gradient=True)}")
         return r
 
-    def numbers(self, inputs, prompts):
-        """What the function returns, if nobody asks for gradients; whatever it raises becomes one line."""
-        try:
-            return self.function(inputs, list(prompts))
-        except (Mistake, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            line = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise NoScores(f"reward `{self.spec}` failed: {line}") from error
-
     def check(self, device, trained):
         """Tries it on two random pictures; if it is trained on, with the gradient.
 
         Raises:
-            Mistake: see `forward`; or if the function fails, the scores do not depend on the pixels, or they or their
-                gradient are not finite. (While training such a step is skipped: see NonFinite.)
+            Mistake: see `forward`; or if the scores do not depend on the pixels, or they or their gradient are not
+                finite. (While training such a step is skipped: see NonFinite.)
         """
         pixels = torch.rand(2, 3, 224, 224, device=device, requires_grad=trained)
-        try:
-            with torch.set_grad_enabled(trained):
-                r = self(pixels, ["a red apple", "a blue cat"])
-        except Mistake:
-            raise
-        except Exception as error:  # whatever a user's code raises; its traceback is the cause of ours
-            line = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise Mistake(f"reward `{self.spec}` failed on two random pictures of 224 pixels: {line}") from error
+        with torch.set_grad_enabled(trained):
+            r = self(pixels, ["a red apple", "a blue cat"])
         if not torch.isfinite(r).all():
             raise Mistake(
                 f"reward `{self.spec}` returned NaN or infinity; it must return a tensor of shape (2,), and finite"

@@ -5,6 +5,8 @@ from functools import partial
 
 import torch
 
+from diff_instruct.rewards.asking import ask, asking
+
 
 class Mix(torch.nn.Module):
     """A weighted sum of rewards, each in its published unit and, if it has a cap, no more than that.
@@ -31,8 +33,12 @@ class Mix(torch.nn.Module):
         return list(self.weights.values()) == [1.0] and not self.caps
 
     def scores(self, pixels, prompts):
-        """The published score (B,) of each part, without weight or cap."""
-        return {name: reward(pixels, prompts) for name, reward in zip(self.names, self.rewards)}
+        """The published score (B,) of each part, without weight or cap. Raises NoScores, see `asking`."""
+        scores = {}
+        for name, reward in zip(self.names, self.rewards):
+            with asking(f"reward `{name}`"):
+                scores[name] = reward(pixels, prompts)
+        return scores
 
     def combine(self, scores):
         """The mix (B,) of what `scores` returned."""
@@ -40,16 +46,29 @@ class Mix(torch.nn.Module):
 
     def forward(self, pixels, prompts):
         """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`, and
-        for `take_unsound` which of them, or of their gradients, are not finite."""
-        scores = {}
+        for `take_unsound` which of them, or of their gradients, are not finite. Raises NoScores, see `asking`."""
+        return self.ask(pixels, prompts)()
+
+    def ask(self, pixels, prompts):
+        """The same without waiting for judges elsewhere: a function that waits, and gives r(x, c)."""
+        answers = {}
         for name, reward in zip(self.names, self.rewards):
             own = pixels.view_as(pixels)  # so that its gradient can be told from the others'
             if own.requires_grad:
                 own.register_hook(partial(self.look, name))
-            scores[name] = reward(own, prompts)
-            self.look(name, scores[name])
-            self.seen[name].append(scores[name].detach())
-        return self.combine(scores)
+            with asking(f"reward `{name}`"):
+                answers[name] = ask(reward, own, prompts)
+
+        def answer():
+            scores = {}
+            for name, wait in answers.items():
+                with asking(f"reward `{name}`"):
+                    scores[name] = wait()
+                self.look(name, scores[name])
+                self.seen[name].append(scores[name].detach())
+            return self.combine(scores)
+
+        return answer
 
     def look(self, name, values):
         """Remember whether a part's scores or gradient are finite; nothing is waited for. None: no gradient came."""

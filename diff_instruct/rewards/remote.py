@@ -7,6 +7,7 @@ is `{"scores": [...]}`, one number for each. `examples/reward_server.py` is the 
 import base64
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import urllib3
@@ -21,7 +22,7 @@ BUSY = (429, 502, 503, 504)  # answers after which asking again may help
 class RemoteReward(torch.nn.Module):
     """Scores of a judge elsewhere, without gradient.
 
-    A call is one request: `--reward_batch_size` images at most.
+    A call is one request: `--reward_batch_size` images at most. `ask` does not wait for it.
 
     Args:
         url (`str`): without user, password or query.
@@ -43,17 +44,28 @@ class RemoteReward(torch.nn.Module):
             backoff_max=60,
         )
         self.url, self.http = url, urllib3.PoolManager(timeout=timeout, retries=again)
+        self.line = ThreadPoolExecutor(1)  # one request at a time, in the order in which they were asked
 
-    @torch.no_grad()
     def forward(self, pixels, prompts):
         """Scores (B,), float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
 
         Raises:
             NoScores: in one line, if no numbers come back.
         """
+        return self.ask(pixels, prompts)()
+
+    def ask(self, pixels, prompts):
+        """Send the request, and return at once: a function that waits for the answer, and gives or raises what
+        `forward` does. Nothing is computed in the other thread but PNG files."""
+        n, device = len(pixels), pixels.device
+        coming = self.line.submit(self.request, pictures_of(pixels), list(prompts))
+        return lambda: scores_of(coming.result(), n, self.url, device)
+
+    def request(self, pictures, prompts):
+        """What the judge says of pictures of PIL. Raises NoScores."""
         token = os.environ.get(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        body = {"prompts": list(prompts), "images": [png(picture) for picture in pictures_of(pixels)]}
+        body = {"prompts": prompts, "images": [png(picture) for picture in pictures]}
         try:
             answer = self.http.request("POST", self.url, json=body, headers=headers, redirect=False)
         except urllib3.exceptions.HTTPError as error:
@@ -70,7 +82,7 @@ class RemoteReward(torch.nn.Module):
                 else answer.data.decode(errors="replace")
             )
             raise NoScores(f"reward `{self.url}` gave no scores, but answered {answer.status}: {line(str(why))}")
-        return scores_of(found["scores"], len(pixels), self.url, pixels.device)
+        return found["scores"]
 
     def check(self, device, trained):
         """Asks for the scores of two random pictures.

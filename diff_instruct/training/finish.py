@@ -14,10 +14,10 @@ from diff_instruct.prompts.encoding import drawing
 from diff_instruct.prompts.survey import rows_read
 from diff_instruct.rewards.loading import truncated_prompts
 from diff_instruct.rewards.numbers import NoScores
-from diff_instruct.training.checkpoints import save_checkpoint
 from diff_instruct.training.endings import GO_ON_LATER, Ending, writing_export
 from diff_instruct.training.record import record_of
 from diff_instruct.training.trackers import end_trackers
+from diff_instruct.training.watch import end
 
 
 def finish(run):
@@ -27,8 +27,7 @@ def finish(run):
         scores, pictures = run.judge(run.reward, run.heldout)
         difference, as_shipped = shipped_difference(run, scores, pictures)
     except NoScores as error:  # of a judge; what is trained must not be lost
-        written = save_checkpoint(accelerator, args, run.state)
-        raise Ending(GO_ON_LATER, str(error)).after(written, run.state.step) from None
+        end(run, Ending(GO_ON_LATER, str(error)))
     summary = summary_of(run)
     drawn = draw_the_reference(run)
     if accelerator.is_main_process:

@@ -37,6 +37,14 @@ class Averages:
         for key, value in figures.items():
             self.seen.setdefault(key, []).append(value.detach().float())
 
+    def state_dict(self):
+        """What was seen so far; nothing is waited for."""
+        return {key: list(values) for key, values in self.seen.items()}
+
+    def load_state_dict(self, state, device):
+        """Go on from what `state_dict` returned, as tensors or as numbers."""
+        self.seen = {key: [torch.as_tensor(v, device=device) for v in values] for key, values in state.items()}
+
     def take(self, accelerator):
         """Means by name, plain numbers; all processes must have the same names. Then they are forgotten."""
         if not self.seen:

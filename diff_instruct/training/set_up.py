@@ -227,7 +227,9 @@ def load(args, accelerator, known, started):
         heldout=heldout,
         encode=encode,
         draws=draws,
-        gradient_at_x0=generator_step(args, actors.ta, actors.ref, null, reward, decode, actors.surrogate),
+        gradient_at_x0=generator_step(
+            args, actors.ta, actors.ref, null, reward, decode, actors.surrogate, accelerator
+        ),
         state=LoopState(theta, psi, draws.sampler, dial, step=first, started=started, phi=phi),
         judge=Judge(
             accelerator,

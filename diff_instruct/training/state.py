@@ -22,6 +22,9 @@ class LoopState:
         started (`float`): when the run would have begun, had it never been stopped.
         phi ([`Trained`], *optional*): what is trained of the surrogate.
         unjudged (`bool`): whether a validation is due after `step`, which had no scores.
+        begun (`dict`, *optional*): in the middle of an iteration, the state of `sampler` where it began.
+        taught (`dict`, *optional*): in the middle of one whose steps of ψ are taken: the state of `sampler` and the
+            figures after them, and the norm of ψ's gradient. A run that goes on there takes the rest alone.
     """
 
     theta: Trained
@@ -33,6 +36,8 @@ class LoopState:
     started: float = field(default_factory=time.time)
     phi: Trained | None = None
     unjudged: bool = False
+    begun: dict | None = None
+    taught: dict | None = None
 
     @property
     def networks(self):
@@ -54,19 +59,25 @@ class LoopState:
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "sampler": self.sampler.state_dict(),
+            "sampler": self.begun or self.sampler.state_dict(),
             "heldout_scores": self.heldout_scores,
             "dial": self.dial.state_dict(),
             "networks": [trained.counters() for trained in self.networks],
             **({"unjudged": True} if self.unjudged else {}),
+            **({"taught": plain(self.taught)} if self.taught else {}),
         }
 
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned."""
         self.step, self.heldout_scores = state["step"], state["heldout_scores"]
         self.started -= state["seconds"]
-        self.unjudged = state.get("unjudged", False)
+        self.unjudged, self.taught = state.get("unjudged", False), state.get("taught")
         self.sampler.load_state_dict(state["sampler"])
         self.dial.load_state_dict(state["dial"])
         for trained, counters in zip(self.networks, state["networks"]):
             trained.load_counters(counters)
+
+
+def plain(taught):
+    """`taught` with its figures as numbers."""
+    return taught | {"figures": {key: [v.item() for v in values] for key, values in taught["figures"].items()}}

@@ -86,7 +86,7 @@ class GeneratorStep:
         return Noised(leaf, x_t, batch, alpha, estimates, from_ref.guided, again, schedule), terms
 
 
-def terms_of(args, reward, decode, phi=None):
+def terms_of(args, reward, decode, phi=None, accelerator=None):
     """The terms of the method that the arguments are: a divergence, a reward and, if asked for, an anchor and a
     guard of norms.
 
@@ -94,8 +94,9 @@ def terms_of(args, reward, decode, phi=None):
         reward ([`Mix`]): r(x, c).
         decode: latents to pixels.
         phi ([`Denoiser`]): the surrogate, if there is one.
+        accelerator: of several processes.
     """
-    of_latents = LatentReward(reward, decode, args.reward_batch_size)
+    of_latents = LatentReward(reward, decode, args.reward_batch_size, accelerator)
     divergence, rewarded = IKL(), CleanReward(of_latents)
     if args.divergence == "score":
         divergence = ScoreDistance(args.score_distance, args.huber_c, args.score_guidance)
@@ -106,6 +107,7 @@ def terms_of(args, reward, decode, phi=None):
     return divergence, rewarded, Anchor(args.anchor_scale), NormGuard(args.norm_guard)
 
 
-def generator_step(args, ta, ref, null, reward, decode, phi=None):
+def generator_step(args, ta, ref, null, reward, decode, phi=None, accelerator=None):
     """The [`GeneratorStep`] of a run."""
-    return GeneratorStep(ta, ref, null, terms_of(args, reward, decode, phi), args.weighting, tuple(args.cfg_interval))
+    terms = terms_of(args, reward, decode, phi, accelerator)
+    return GeneratorStep(ta, ref, null, terms, args.weighting, tuple(args.cfg_interval))

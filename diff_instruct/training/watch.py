@@ -19,6 +19,27 @@ from diff_instruct.training.trackers import end_trackers
 ON_THE_BAR = ("pair_loss", "reward", "ta_loss", "norm_divergence", "val_reward", "val_heldout", "val_diversity")
 
 
+@contextmanager
+def ending_where_rewards_fail(run):
+    """Within: steps are taken. If a reward fails in the middle of one, the run ends there: what ψ has learnt in it is
+    kept, and when the run goes on it takes the rest.
+
+    Raises:
+        Ending: then, after a checkpoint.
+    """
+    try:
+        yield
+    except NoScores as error:
+        end(run, Ending(GO_ON_LATER, str(error)))
+
+
+def end(run, ending):
+    """Write a checkpoint, and raise the [`Ending`] with how to go on."""
+    written = save_checkpoint(run.accelerator, run.args, run.state)
+    end_trackers(run.accelerator)
+    raise ending.after(written, run.state.step) from None
+
+
 class Watch:
     """Goes through the steps of a [`Run`], and looks at each.
 
@@ -49,6 +70,7 @@ class Watch:
                 return
             self.figures = Averages()
             self.run.draws.prompts.clear()
+            state.begun = state.sampler.state_dict()
             aligning = step - args.pretrain_steps
             cfg_scale = args.pretrain_cfg_scale if aligning < 0 else args.cfg_scale
             yield step, Alpha(cfg_scale, state.dial.scale(aligning), state.dial.measuring(aligning))
@@ -57,27 +79,18 @@ class Watch:
         """Scalar tensors of one pass, by name."""
         self.figures.add(figures)
 
-    @contextmanager
-    def scoring(self):
-        """Within: a step begins, with what a judge says. If it says nothing, the step has not begun, and the run ends
-        after the one before.
-
-        Raises:
-            Ending: then, after a checkpoint.
-        """
-        sampler = self.run.state.sampler
-        before = sampler.state_dict()
-        try:
-            yield
-        except NoScores as error:
-            sampler.load_state_dict(before)
-            self.end(Ending(GO_ON_LATER, str(error)))
-
-    def end(self, ending):
-        """Write a checkpoint, and raise the [`Ending`] with how to go on."""
-        written = save_checkpoint(self.run.accelerator, self.run.args, self.run.state)
-        end_trackers(self.run.accelerator)
-        raise ending.after(written, self.run.state.step) from None
+    def ta_steps(self, step):
+        """Yield 0, 1, ... for each step that ψ takes in this one: K_TA, and one in a warm-up. None if a run goes on
+        where a reward had failed after them."""
+        state, psi = self.run.state, self.run.state.psi
+        if state.taught is None:
+            yield from range(self.run.args.ta_steps if step >= 0 else 1)
+            figures = self.figures.state_dict()
+            state.taught = {"sampler": state.sampler.state_dict(), "figures": figures, "norm": psi.norm}
+        else:
+            state.sampler.load_state_dict(state.taught["sampler"])
+            self.figures.load_state_dict(state.taught["figures"], self.run.accelerator.device)
+            psi.norm = state.taught["norm"]
 
     def not_taken(self, step, trained):
         """A step whose gradient was not finite: see [`NonFinite`]."""
@@ -91,6 +104,7 @@ class Watch:
         """
         args, state = self.run.args, self.run.state
         state.step, self.speed.steps = step + 1, self.speed.steps + 1
+        state.begun = state.taught = None
         is_last = state.step == self.run.total
         self.log(alpha, state.step % args.logging_steps == 0 or is_last)
         self.speed.pause()
@@ -100,7 +114,7 @@ class Watch:
         self.interrupts.read_ahead(state.sampler, 0 if is_last else phases * self.run.draws.passes)
         ending = self.interrupts.agreed()  # of all processes
         if ending:
-            self.end(ending)
+            end(self.run, ending)
         if args.checkpointing_steps and (state.step % args.checkpointing_steps == 0 or is_last):
             save_checkpoint(self.run.accelerator, args, state)
         self.speed.go_on()
@@ -134,7 +148,7 @@ class Watch:
         try:
             self.validate(self.run.state.step - 1)
         except NoScores as error:
-            self.end(Ending(GO_ON_LATER, str(error)))
+            end(self.run, Ending(GO_ON_LATER, str(error)))
         self.run.state.unjudged = False
 
     def validate(self, step):
