@@ -15,6 +15,7 @@ from diff_instruct.export.apps import where_it_runs
 from diff_instruct.prompts.survey import in_words
 from diff_instruct.training.methods import METHODS, method_of
 from diff_instruct.training.record import portable
+from diff_instruct.training.standards import words_of_standards
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -179,6 +180,7 @@ def write_card(args, pipe, summary, family, prompts, license, folder):
         reward=summary["arguments"]["reward"],
         reward_scale=summary["reward_scale"],
         cfg_scale=args.cfg_scale,
+        standards=words_of_standards(summary.get("reward_standards", {})),
         table=figures_table(summary),
         rounded=rounded_words(args, summary),
         intervals=INTERVALS,

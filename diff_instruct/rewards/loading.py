@@ -40,7 +40,8 @@ def load_mix(specs, device, dtype=torch.float32, cache_dir=None, by_gradient=Tru
     """
     rewards = {spec.label: load_reward(spec, device, dtype, cache_dir, by_gradient) for spec in specs}
     caps = {spec.label: spec.cap for spec in specs if spec.cap is not None}
-    return Mix(rewards, {spec.label: spec.weight for spec in specs}, caps)
+    standardized = [spec.label for spec in specs if spec.standardized]
+    return Mix(rewards, {spec.label: spec.weight for spec in specs}, caps, standardized)
 
 
 def load_scorers(specs, device, cache_dir=None):

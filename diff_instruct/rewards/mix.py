@@ -1,4 +1,4 @@
-"""Several rewards as one: r(x, c) = Σ weight · min(r_i(x, c), cap_i)."""
+"""Several rewards as one: r(x, c) = Σ weight · min(r_i(x, c), cap_i), each r_i in its unit or standardised."""
 
 import math
 from functools import partial
@@ -18,19 +18,25 @@ class Mix(torch.nn.Module):
         rewards (`dict`): a callable `(pixels, prompts) -> (B,)` for each name.
         weights (`dict`): a factor for each name.
         caps (`dict`, *optional*): an upper bound, in the reward's own unit, for some names.
+        standardized: names of those that count as (min(r_i, cap_i) − mean) / spread, once `standards` has these two.
     """
 
-    def __init__(self, rewards, weights, caps=None):
+    def __init__(self, rewards, weights, caps=None, standardized=()):
         super().__init__()
         self.names, self.rewards = list(rewards), torch.nn.ModuleList(rewards.values())
         self.weights, self.caps = weights, caps or {}
+        self.standardized, self.standards = list(standardized), {}
         self.seen = {name: [] for name in self.names}
         self.unsound = {}
 
     @property
     def is_plain(self):
         """One reward as it is: there are no parts to tell from the whole."""
-        return list(self.weights.values()) == [1.0] and not self.caps
+        return list(self.weights.values()) == [1.0] and not self.caps and not self.standardized
+
+    def part(self, name):
+        """The reward of this name."""
+        return self.rewards[self.names.index(name)]
 
     def scores(self, pixels, prompts):
         """The published score (B,) of each part, without weight or cap. Raises NoScores, see `asking`."""
@@ -42,7 +48,14 @@ class Mix(torch.nn.Module):
 
     def combine(self, scores):
         """The mix (B,) of what `scores` returned."""
-        return sum(self.weights[name] * r.clamp(max=self.caps.get(name, math.inf)) for name, r in scores.items())
+        return sum(self.weights[name] * self.counted(name, r) for name, r in scores.items())
+
+    def counted(self, name, r):
+        """What counts of a part's published score, without its weight."""
+        r = r.clamp(max=self.caps.get(name, math.inf))
+        if name not in self.standards:
+            return r
+        return (r - self.standards[name]["mean"]) / self.standards[name]["spread"]
 
     def forward(self, pixels, prompts):
         """r(x, c), (B,), of pixels (B, 3, H, W) in [0, 1] for B prompts; remembers its parts for `take_parts`, and

@@ -23,6 +23,7 @@ class RewardSpec:
         cap: the score, in that unit, above which it is not pursued any further; None: everywhere.
         checkpoint: local file or folder instead of the Hub's.
         timeout, retries: of a judge elsewhere, see [`RemoteReward`].
+        standardized: whether it counts in units of its spread over the generator's own pictures.
 
     Raises:
         Mistake: for a reward that is not known, a file that is not there, a weight or cap that is no finite number.
@@ -34,6 +35,7 @@ class RewardSpec:
     checkpoint: str | None = None
     timeout: float = 60.0
     retries: int = 5
+    standardized: bool = False
 
     def __post_init__(self):
         wrong = check_url(self.name) if is_url(self.name) else None
@@ -75,7 +77,7 @@ class RewardSpec:
 
 def read_rewards(args):
     """(trained, held out), a tuple of [`RewardSpec`] each, of the training script's `--reward`, `--reward_cap`,
-    `--heldout_reward` and `--reward_checkpoint`. With `--reward none` nothing is trained on.
+    `--reward_standardize`, `--heldout_reward` and `--reward_checkpoint`. With `--reward none` nothing is trained on.
 
     Raises:
         Mistake: see `RewardSpec`; or for one name twice, caps of what is not trained, entries that cannot be read, a
@@ -91,9 +93,20 @@ def read_rewards(args):
         caps[label] = finite(value)
         if caps[label] is None:
             raise Mistake(f"--reward_cap {label}={value}: the cap must be a finite number")
+    standardized = args.reward_standardize or []
+    for label in standardized:
+        if label not in labels:
+            raise Mistake(f"--reward_standardize: `{label}` is not in --reward")
     asking = args.reward_timeout, args.reward_retries
     trained = tuple(
-        RewardSpec(name, 1.0 if weight is None else weight, caps.get(label), checkpoints.get(name), *asking)
+        RewardSpec(
+            name,
+            1.0 if weight is None else weight,
+            caps.get(label),
+            checkpoints.get(name),
+            *asking,
+            label in standardized,
+        )
         for (name, weight), label in zip(weights, labels)
     )
     measured = [spec.name for spec in trained if not spec.has_gradient]

@@ -180,6 +180,11 @@ def add_reward_arguments(parser):
         help="a reward above this value is not pursued any further",
     )
     g.add_argument(
+        "--reward_standardize", type=text, nargs="+", metavar="NAME",
+        help="rewards that count as (r − mean) / spread, both over pictures that the generator makes of training "
+        "prompts as the run begins: for scores without bounds, as hpsv3's",
+    )  # fmt: skip
+    g.add_argument(
         "--heldout_patience", type=natural, default=0,
         help="stop when the first held-out reward was below its best in so many validations in a row; 0: never",
     )  # fmt: skip

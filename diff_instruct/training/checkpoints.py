@@ -19,7 +19,7 @@ from diff_instruct.models.tensors import write_files
 from diff_instruct.training.record import arguments_of, prompts_of
 
 
-FORMAT = 3  # one more with each argument that changes what is trained: an older checkpoint does not record it
+FORMAT = 4  # one more with each argument that changes what is trained: an older checkpoint does not record it
 MANIFEST = "checkpoint.json"
 FREE = set(  # arguments that a resumed run may have others of: they do not change what is trained
     "preset output_dir overwrite_output_dir max_train_steps max_nonfinite_steps cache_dir prompt_cache dry_run "

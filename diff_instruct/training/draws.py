@@ -8,6 +8,7 @@ from diff_instruct.prompts.stream import PromptStream, Sampler
 from diff_instruct.surrogate import level_timesteps
 from diff_instruct.terms import Batch
 from diff_instruct.training.pairs import PairFolder, PairStream, make_pairs, recipe
+from diff_instruct.training.standards import PICTURES
 
 
 class Draws:
@@ -104,6 +105,8 @@ def make_draws(args, accelerator, known, actors, encode, with_pairs):
         steps = args.ta_warmup_steps + (args.ta_steps + 1) * (args.pretrain_steps + args.max_train_steps)
         steps += args.max_train_steps * has_surrogate(args)
         most = steps * images_per_step(args, accelerator)
+        if args.reward_standardize:
+            most = max(most, PICTURES + args.train_batch_size * processes)
         others = ["", *known.eval_prompts, *known.validation_prompts]
         fill_cache(args, encode, known.train_prompts, others, most, index, processes)
     return Draws(

@@ -78,6 +78,7 @@ def summary_of(run):
         "diversity_by": diversity_features(run.reward, run.heldout)[0],
         "skipped_steps": run.state.skipped_steps,
         "reward_scale": run.state.dial.reward_scale,
+        **({"reward_standards": run.state.standards} if run.state.standards else {}),
         **record_of(run.args, run.accelerator),
     }
 

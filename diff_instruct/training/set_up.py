@@ -50,6 +50,7 @@ from diff_instruct.training.optimizer import make_trained
 from diff_instruct.training.output_folder import prepare_output_dir
 from diff_instruct.training.pairs import needs_pairs, plan_of_pairs
 from diff_instruct.training.reward_scale import RewardDial
+from diff_instruct.training.standards import standards_of, words_of_standards
 from diff_instruct.training.state import LoopState
 from diff_instruct.training.steps import GeneratorStep, generator_step
 from diff_instruct.training.trackers import start_trackers
@@ -274,8 +275,13 @@ def begin(run):
         run.history = History(args.output_dir, state.step if checkpoint else None)
     if args.report_to != "none":
         start_trackers(accelerator, args, checkpoint)
+    if not checkpoint:
+        state.standards = standards_of(run)
+    run.reward.standards = state.standards
     if checkpoint:
         return
+    if state.standards:
+        accelerator.print(words_of_standards(state.standards))
     scores, pictures = run.judge(run.reward, run.heldout)
     means = {name: float(values[:WHILE_TRAINING].mean()) for name, values in scores.items()}
     state.heldout_scores = [mean for name, mean in means.items() if name == "heldout"]

@@ -22,6 +22,7 @@ class LoopState:
         started (`float`): when the run would have begun, had it never been stopped.
         phi ([`Trained`], *optional*): what is trained of the surrogate.
         unjudged (`bool`): whether a validation is due after `step`, which had no scores.
+        standards (`dict`): of rewards that are standardised, see `standards_of`.
         begun (`dict`, *optional*): in the middle of an iteration, the state of `sampler` where it began.
         taught (`dict`, *optional*): in the middle of one whose steps of ψ are taken: the state of `sampler` and the
             figures after them, and the norm of ψ's gradient. A run that goes on there takes the rest alone.
@@ -36,6 +37,7 @@ class LoopState:
     started: float = field(default_factory=time.time)
     phi: Trained | None = None
     unjudged: bool = False
+    standards: dict = field(default_factory=dict)
     begun: dict | None = None
     taught: dict | None = None
 
@@ -62,6 +64,7 @@ class LoopState:
             "sampler": self.begun or self.sampler.state_dict(),
             "heldout_scores": self.heldout_scores,
             "dial": self.dial.state_dict(),
+            "standards": self.standards,
             "networks": [trained.counters() for trained in self.networks],
             **({"unjudged": True} if self.unjudged else {}),
             **({"taught": plain(self.taught)} if self.taught else {}),
@@ -70,6 +73,7 @@ class LoopState:
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned."""
         self.step, self.heldout_scores = state["step"], state["heldout_scores"]
+        self.standards = state["standards"]
         self.started -= state["seconds"]
         self.unjudged, self.taught = state.get("unjudged", False), state.get("taught")
         self.sampler.load_state_dict(state["sampler"])
