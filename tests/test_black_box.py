@@ -3,16 +3,20 @@
 import contextlib
 import json
 import threading
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 import urllib3
+from accelerate import Accelerator
 
 import evaluate_one_step
+from diff_instruct.evaluation.judge import evaluate
 from diff_instruct.mistake import Mistake
 from diff_instruct.rewards.function import FunctionReward
 from diff_instruct.rewards.loading import load_reward, load_scorers
+from diff_instruct.rewards.mix import Mix
 from diff_instruct.rewards.numbers import NoScores, pictures_of, pixels_of
 from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.rewards.remote import RemoteReward
@@ -293,3 +297,32 @@ def test_scorers_of_both_kinds_are_loaded(judges):
         scorers = load_scorers([RewardSpec(f"{url}/counts"), RewardSpec(f"{judges}:a_list")], "cpu")
         assert list(scorers) == ["counts", "a_list"]
         assert all(scorer(pictures(), PROMPTS[:2]).shape == (2,) for scorer in scorers.values())
+
+
+def test_a_judge_elsewhere_looks_while_the_next_images_are_drawn():
+    """One that answers no sooner than the images of the next prompt are drawn holds nothing up, and says the same."""
+    drawn, last = [], len(PROMPTS) - 1
+
+    def generate(z, c, noise):
+        drawn.append(threading.Event())
+        for event in drawn[:-1]:
+            event.set()
+        return (z.sigmoid() * 255).round() / 255
+
+    def brightness(pixels, prompts):  # whole numbers, whatever the order of the sum
+        return (255 * pixels).round().sum(dim=(1, 2, 3))
+
+    def patient(pixels, prompts):
+        k = PROMPTS.index(prompts[0])
+        if k < last and not drawn[k].wait(30):
+            raise TimeoutError("nothing is drawn meanwhile")
+        return brightness(pixels, prompts)
+
+    def judged(scorer):
+        drawn.clear()
+        generator = Namespace(generate=generate, pipe=Namespace(timesteps=[1], decode=lambda x: x))
+        return evaluate(Accelerator(), generator, list, PROMPTS, 3, [(3, 8, 8)], Mix({}, {}), {"x": scorer}, 2)
+
+    with running(serve({"patient": patient})) as url:
+        here, elsewhere = judged(brightness), judged(RemoteReward(f"{url}/patient"))
+    assert here.keys() == elsewhere.keys() and all(torch.equal(here[k], elsewhere[k]) for k in here)

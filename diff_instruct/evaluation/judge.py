@@ -1,12 +1,14 @@
 """Judging a generator on fixed prompt and seed pairs, with confidence intervals."""
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from diff_instruct.evaluation.noise import fixed_noise, further_noise
 from diff_instruct.evaluation.pictures import draw
-from diff_instruct.rewards.asking import asking
+from diff_instruct.rewards.asking import ask, asking
 from diff_instruct.rewards.base import Scorer
 from diff_instruct.rewards.numbers import NoScores
 
@@ -43,31 +45,37 @@ def diversity(features):
     return torch.pdist(features).square().mean() / 2
 
 
-def in_batches(function, pixels, batch_size, *prompts):
-    """`function(pixels, *prompts)`, a tensor (n, ...) or a dict of them, `batch_size` images at a time."""
-    starts = range(0, len(pixels), batch_size)
-    parts = [function(*(x[i : i + batch_size] for x in (pixels, *prompts))) for i in starts]
-    if isinstance(parts[0], dict):
-        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-    return torch.cat(parts)
-
-
 def judge_images(pixels, prompts, reward, heldout, batch_size=16):
     """Scores of n images (n, 3, H, W) in [0, 1] of one prompt, given n times: one row of `evaluate`'s.
 
     Raises:
         NoScores: whatever else a judge raises, see `asking`.
     """
-    features, features_of = diversity_features(reward, heldout)
-    parts = in_batches(reward.scores, pixels, batch_size, prompts) if reward.names else {}
-    row = {"reward": reward.combine(parts)} if reward.names else {}
-    if not reward.is_plain:
-        row |= {f"reward_{name}": r for name, r in parts.items()}
-    for k, (name, scorer) in enumerate(heldout.items()):
+    return ask_judges(pixels, prompts, reward, heldout, batch_size)()
+
+
+def ask_judges(pixels, prompts, reward, heldout, batch_size=16):
+    """The same without waiting for judges elsewhere: a function that waits, and gives the scores."""
+    answers, starts = {}, range(0, len(pixels), batch_size)
+    for name, scorer in {**dict(zip(reward.names, reward.rewards)), **heldout}.items():
         with asking(f"reward `{name}`"):
-            row[f"heldout_{name}" if k else "heldout"] = in_batches(scorer, pixels, batch_size, prompts)
+            answers[name] = [ask(scorer, pixels[i : i + batch_size], prompts[i : i + batch_size]) for i in starts]
+    features, features_of = diversity_features(reward, heldout)
     with asking(f"what diversity is measured by, `{features}`,"):
-        row["diversity"] = diversity(in_batches(features_of, pixels, batch_size))
+        seen = diversity(torch.cat([features_of(pixels[i : i + batch_size]) for i in starts]))
+
+    def row():
+        scores = {}
+        for name, waits in answers.items():
+            with asking(f"reward `{name}`"):
+                scores[name] = torch.cat([wait() for wait in waits])
+        parts = {name: scores[name] for name in reward.names}
+        found = {"reward": reward.combine(parts)} if parts else {}
+        if not reward.is_plain:
+            found |= {f"reward_{name}": r for name, r in parts.items()}
+        found |= {f"heldout_{name}" if k else "heldout": scores[name] for k, name in enumerate(heldout)}
+        return {**found, "diversity": seen}
+
     return row
 
 
@@ -75,7 +83,8 @@ def judge_images(pixels, prompts, reward, heldout, batch_size=16):
 def evaluate(accelerator, generator, encode, prompts, n_images, latent_shapes, reward, heldout, batch_size):
     """Scores of `n_images` images for each prompt, every process taking its share of the prompts.
 
-    All draw for equally many, the last one again where there is none left: a sharded generator takes all processes.
+    All draw for equally many, the last one again where there is none left: a sharded generator takes all processes. A
+    judge elsewhere looks at a prompt's images while those of the next are drawn.
 
     Args:
         generator ([`Denoiser`]): with the weights that are to be judged.
@@ -93,18 +102,27 @@ def evaluate(accelerator, generator, encode, prompts, n_images, latent_shapes, r
     Raises:
         NoScores: on all processes, if a judge gives one of them none.
     """
-    rows, why = [], None
-    for first in range(0, len(prompts), accelerator.num_processes):
-        i = min(first + accelerator.process_index, len(prompts) - 1)
-        shape = latent_shapes[i % len(latent_shapes)]
-        z, c = fixed_noise(shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
-        x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
-        pixels = torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
+
+    def drawn():
+        for first in range(0, len(prompts), accelerator.num_processes):
+            i = min(first + accelerator.process_index, len(prompts) - 1)
+            shape = latent_shapes[i % len(latent_shapes)]
+            z, c = fixed_noise(shape, i, n_images).to(accelerator.device), [prompts[i]] * n_images
+            x0 = generator.generate(z, encode(c), further_noise(generator.pipe, z, i))
+            yield i, c, torch.cat([generator.pipe.decode(part).clamp(0, 1) for part in x0.split(batch_size)])
+
+    rows, why, asked = [], None, None
+    for images in chain(drawn(), [None]):
         try:
-            row = {} if why else judge_images(pixels, c, reward, heldout, batch_size)
+            if asked is not None:
+                i, answer = asked
+                rows.append((i, {key: value.tolist() for key, value in answer().items()}))
+            asked = None
+            if images is not None and why is None:
+                i, c, pixels = images
+                asked = i, ask_judges(pixels, c, reward, heldout, batch_size)
         except NoScores as error:
-            row, why = {}, str(error)
-        rows.append((i, {key: value.tolist() for key, value in row.items()}))
+            asked, why = None, str(error)
     reasons = [reason for reason in gather_object([why]) if reason]
     if reasons:
         raise NoScores(reasons[0])

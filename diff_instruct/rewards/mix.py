@@ -38,16 +38,8 @@ class Mix(torch.nn.Module):
         """The reward of this name."""
         return self.rewards[self.names.index(name)]
 
-    def scores(self, pixels, prompts):
-        """The published score (B,) of each part, without weight or cap. Raises NoScores, see `asking`."""
-        scores = {}
-        for name, reward in zip(self.names, self.rewards):
-            with asking(f"reward `{name}`"):
-                scores[name] = reward(pixels, prompts)
-        return scores
-
     def combine(self, scores):
-        """The mix (B,) of what `scores` returned."""
+        """The mix (B,) of the published score (B,) of each part."""
         return sum(self.weights[name] * self.counted(name, r) for name, r in scores.items())
 
     def counted(self, name, r):

@@ -44,7 +44,7 @@ class RemoteReward(torch.nn.Module):
             backoff_max=60,
         )
         self.url, self.http = url, urllib3.PoolManager(timeout=timeout, retries=again)
-        self.line = ThreadPoolExecutor(1)  # one request at a time, in the order in which they were asked
+        self.queue = ThreadPoolExecutor(1)  # one request at a time, in the order in which they were asked
 
     def forward(self, pixels, prompts):
         """Scores (B,), float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
@@ -58,7 +58,7 @@ class RemoteReward(torch.nn.Module):
         """Send the request, and return at once: a function that waits for the answer, and gives or raises what
         `forward` does. Nothing is computed in the other thread but PNG files."""
         n, device = len(pixels), pixels.device
-        coming = self.line.submit(self.request, pictures_of(pixels), list(prompts))
+        coming = self.queue.submit(self.request, pictures_of(pixels), list(prompts))
         return lambda: scores_of(coming.result(), n, self.url, device)
 
     def request(self, pictures, prompts):
