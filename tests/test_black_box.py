@@ -245,6 +245,17 @@ def test_a_judge_that_is_slow_or_not_there():
     assert "\n" not in str(error.value)
 
 
+def test_what_waits_behind_a_request_without_an_answer_is_not_sent():
+    """So a run that ends does not wait for each in turn; who asks after that asks anew."""
+    with answering((500, "full"), (200, '{"scores": [1, 2]}')) as (url, got):
+        reward = RemoteReward(url, retries=0)
+        answers = [reward.ask(pictures(), PROMPTS[:2]) for _ in range(3)]
+        for answer in answers:
+            with pytest.raises(NoScores, match="answered 500: full"):
+                answer()
+        assert len(got) == 1 and reward(pictures(), PROMPTS[:2]).tolist() == [1, 2] and len(got) == 2
+
+
 def test_a_judge_that_gives_nan_is_refused_before_training():
     with answering((200, '{"scores": [NaN, 1]}')) as (url, _), pytest.raises(NoScores, match="NaN or infinity"):
         load_reward(RewardSpec(url), trained=False)

@@ -99,20 +99,22 @@ def test_of_a_step_that_fails_what_the_ta_has_learnt_is_kept(quick_args, functio
         assert same(trained(tmp_path / "whole", step, name), trained(tmp_path / "parts", 1, name))
 
 
-def test_a_published_reward_that_fails_in_a_validation(quick_args, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at, step", [(2, 1), (4, 2)])
+def test_a_published_reward_that_fails_while_it_judges(quick_args, tmp_path, monkeypatch, at, step):
+    """In the first validation, and after the last step."""
     command = [*quick_args, "--max_train_steps", 2, "--validation_steps", 1]
     run([*command, "--output_dir", tmp_path / "whole"])
     forward, calls = PocketReward.forward, []
 
     def fails(self, pixels, prompts):
         calls.append(self.name)
-        if calls.count("pocket_heldout") == 2:
+        if calls.count("pocket_heldout") == at:
             raise RuntimeError("no kernel image\nand more")
         return forward(self, pixels, prompts)
 
     with monkeypatch.context() as m:
         m.setattr(PocketReward, "forward", fails)
-        with pytest.raises(Ending, match="reward `pocket_heldout` failed: RuntimeError: no kernel image after"):
+        with pytest.raises(Ending, match=f"reward `pocket_heldout` failed: .*no kernel image after step {step};"):
             run([*command, "--output_dir", tmp_path / "parts"])
     run([*command, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))

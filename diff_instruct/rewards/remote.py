@@ -44,7 +44,7 @@ class RemoteReward(torch.nn.Module):
             backoff_max=60,
         )
         self.url, self.http = url, urllib3.PoolManager(timeout=timeout, retries=again)
-        self.queue = ThreadPoolExecutor(1)  # one request at a time, in the order in which they were asked
+        self.queue, self.last = ThreadPoolExecutor(1), None  # one request at a time, in order
 
     def forward(self, pixels, prompts):
         """Scores (B,), float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
@@ -58,11 +58,21 @@ class RemoteReward(torch.nn.Module):
         """Send the request, and return at once: a function that waits for the answer, and gives or raises what
         `forward` does. Nothing is computed in the other thread but PNG files."""
         n, device = len(pixels), pixels.device
-        coming = self.queue.submit(self.request, pictures_of(pixels), list(prompts))
-        return lambda: scores_of(coming.result(), n, self.url, device)
+        self.last = coming = self.queue.submit(self.request, pictures_of(pixels), list(prompts), self.last)
 
-    def request(self, pictures, prompts):
-        """What the judge says of pictures of PIL. Raises NoScores."""
+        def answer():
+            try:
+                return scores_of(coming.result(), n, self.url, device)
+            except NoScores:
+                self.last = None  # who asks after that asks anew
+                raise
+
+        return answer
+
+    def request(self, pictures, prompts, before=None):
+        """What the judge says of pictures of PIL. Raises NoScores, at once where the request before it has."""
+        if before is not None and before.exception() is not None:
+            raise before.exception()
         token = os.environ.get(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         body = {"prompts": prompts, "images": [png(picture) for picture in pictures]}
