@@ -134,7 +134,9 @@ def test_what_fits_is_said(tiny_args, monkeypatch, capsys, gib, words):
 
     monkeypatch.setattr(advice, "peak", peak)
     run([*tiny_args, "--dry_run", "--memory_gib", gib])
-    assert words in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert words in said
+    assert "--offload_text_encoder" not in said  # `--prompt_cache`, which comes after it, does the same and more
 
 
 @pytest.mark.parametrize("method", [[], ["--divergence", "score", "--huber_c", 0.1], ["--preset", "didr"]])

@@ -28,6 +28,7 @@ class Lever(NamedTuple):
     unused: bool
     in_activations: bool = False
     needs: tuple = ()
+    replaces: tuple = ()  # words that come before it and say nothing more beside it
 
     def on(self, args):
         """The arguments with it."""
@@ -59,7 +60,12 @@ def levers(args, models):
         Lever("--reward_dtype bf16", {"reward_dtype": "bf16"}, judged and args.reward_dtype == "fp32", True),
         Lever("--mixed_precision bf16", {"mixed_precision": "bf16"}, args.mixed_precision != "bf16"),
         Lever("--offload_text_encoder", {"offload_text_encoder": True}, not away),
-        Lever("--prompt_cache prompts", {"prompt_cache": "prompts"}, not args.prompt_cache and not shares),
+        Lever(
+            "--prompt_cache prompts",
+            {"prompt_cache": "prompts"},
+            not args.prompt_cache and not shares,
+            replaces=("--offload_text_encoder",),
+        ),
         Lever("--offload_ema", {"offload_ema": True}, args.use_ema and not args.offload_ema and not shares),
         Lever("--use_8bit_adam", {"use_8bit_adam": True}, not args.use_8bit_adam and not shares),
         Lever("--no-use_ema", {"use_ema": False}, args.use_ema and shares),
@@ -100,8 +106,8 @@ def advice(args, models, memory_gib):
     bar = tqdm(levers(args, models), desc="flags tried, until it fits", leave=False)  # each is a prediction of its own
     for lever in bar:
         bar.set_postfix_str(lever.words)
-        args, flag = lever.on(args), lever.words.split()[0]
-        words = [earlier for earlier in words if not earlier.startswith(flag)] + [lever.words]
+        args, outdated = lever.on(args), (lever.words.split()[0], *lever.replaces)
+        words = [earlier for earlier in words if not earlier.startswith(outdated)] + [lever.words]
         need = highest(args, models)[1]
         if need <= memory_gib * GIB:
             return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."
