@@ -31,6 +31,9 @@ def stock_call(pipe, prompt):
     call = f"{pipe.family.stock_setup()}image = stock({', '.join(arguments)}).images[0]"
     if len(call.splitlines()[-1]) > LINE:
         call = call.replace("image = stock(", "image = stock(\n    ").replace(").images[0]", "\n).images[0]")
+    if pipe.family.flow and len(pipe.timesteps) > 1:  # most of these pipelines do not hand `generator=` to each step
+        seed = "torch.manual_seed(0)  # the noise between steps, too, which `generator=` does not seed everywhere\n"
+        call = "import torch\n" + call.replace("image = stock(", f"{seed}image = stock(")
     sigma, shape = pipe.schedule.sigmas[pipe.timesteps[0]].item(), ", ".join(map(str, pipe.latent_shape()))
     if pipe.config.input_noise == "unit" or sigma == 1:
         return call
