@@ -13,6 +13,7 @@ from diff_instruct.rewards.pocket import PocketReward
 from diff_instruct.training.endings import Ending
 from tests.processes import Run
 from tests.runs import checkpoints, history, run, same, trained, weights
+from tests.test_fsdp import ROOT, as_on_gpus, launched
 
 
 FUNCTIONS = """
@@ -162,20 +163,22 @@ def test_features_that_fail_while_judging():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["clean", "diffused"])
-def test_two_processes_end_together_and_go_on(quick_args, functions, tmp_path, mode):
-    """The reward fails on the second alone, in its second step."""
+@pytest.mark.parametrize("mode, sharded", [("clean", False), ("diffused", False), ("diffused", True)])
+def test_two_processes_end_together_and_go_on(quick_args, functions, tmp_path, mode, sharded):
+    """The reward fails on the second alone, in its second step: before a backward pass that both take."""
     command = [*quick_args, "--reward", f"{functions}:bright", "--reward_mode", mode, "--max_train_steps", 2]
-    command = [*command, "--checkpointing_steps", 0]
-    assert Run([*command, "--output_dir", tmp_path / "whole"], tmp_path / "whole.txt", 2).wait() == [0, 0]
+    command = [*command, "--checkpointing_steps", 0, "--mixed_precision", "no"]
     again = [*command, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
-    log = tmp_path / "log.txt"
-    assert Run(again, log, 2, before=second_fails).wait() == [75, 75]
-    assert (
-        "failed: KeyError: 'no such picture'" in log.read_text() and "another process got no scores" in log.read_text()
-    )
+    environment = launched("--config_file", str(ROOT / "recipes" / "4gpu_fsdp2.yaml")) if sharded else {}
+    log, together = tmp_path / "log.txt", {"processes": 2, "before": as_on_gpus if sharded else dict}
+    together["environment"] = environment
+    assert Run([*command, "--output_dir", tmp_path / "whole"], tmp_path / "whole.txt", **together).wait() == [0, 0]
+    fails = second_fails_sharded if sharded else second_fails
+    assert Run(again, log, **{**together, "before": fails}).wait() == [75, 75]
+    assert "failed: KeyError: 'no such picture'" in log.read_text()
+    assert "another process got no scores" in log.read_text()
     assert checkpoints(tmp_path / "parts") == ["checkpoint-1"]
-    assert Run(again, log, 2).wait() == [0, 0]
+    assert Run(again, log, **together).wait() == [0, 0]
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
 
@@ -183,3 +186,8 @@ def test_two_processes_end_together_and_go_on(quick_args, functions, tmp_path, m
 def second_fails():
     if os.environ["RANK"] == "1":
         os.environ["FAILS_AT"] = "2"
+
+
+def second_fails_sharded():
+    as_on_gpus()
+    second_fails()
