@@ -122,9 +122,13 @@ def test_a_published_reward_that_fails_while_it_judges(quick_args, tmp_path, mon
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
 
 
-def test_memory_that_is_used_up_is_no_judge_that_fails():
-    with pytest.raises(torch.OutOfMemoryError), asking("reward `x`"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_memory_that_is_used_up_is_no_judge_that_fails(error):
+    with pytest.raises(type(error)) as raised, asking("reward `x`"):
+        raise error
+    assert raised.value is error
 
 
 def test_all_processes_end_when_one_has_no_scores():

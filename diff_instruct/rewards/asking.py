@@ -11,6 +11,14 @@ from diff_instruct.rewards.numbers import NoScores
 from diff_instruct.training.checkpoints import fails_anywhere
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory, the accelerator's or the computer's, is used up."""
+    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on the CPU
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    )
+
+
 @contextmanager
 def asking(what, file=None):
     """Within: a reward is asked. Whatever it raises becomes a [`NoScores`], but for memory that is used up.
@@ -21,11 +29,13 @@ def asking(what, file=None):
     """
     try:
         yield
-    except (NoScores, MemoryError, torch.OutOfMemoryError):
+    except NoScores:
         raise
     except Mistake as error:
         raise NoScores(str(error)) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         line = f"{type(error).__name__}: {error}".split("\n")[0]
         seen = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f" (line {seen[-1]} of {Path(file).name})" if seen else ""

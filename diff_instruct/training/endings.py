@@ -4,13 +4,12 @@ import signal
 import sys
 from contextlib import contextmanager
 
-import torch
-
 from diff_instruct.export.card import EVAL_RESULTS, LORA_WEIGHTS
 from diff_instruct.files import NotWritten, whole_folder
 from diff_instruct.mistake import Mistake
 from diff_instruct.plan.advice import what_would_help
 from diff_instruct.prompts.stream import StreamBroken
+from diff_instruct.rewards.asking import is_out_of_memory
 
 
 MISTAKE, NOT_FINITE, OUT_OF_MEMORY, NOT_WRITTEN, GO_ON_LATER = 1, 3, 4, 5, 75  # exit codes; a signal's is 128 + number
@@ -49,14 +48,6 @@ def writing_export(args):
         how = "with --resume_from_checkpoint latest and the same arguments, which trains no further"
         line = f"the export in {args.output_dir} could not be written: {error}; make room, and export again {how}"
         raise Ending(NOT_WRITTEN, line) from error
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that memory, the accelerator's or the computer's, is used up."""
-    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on the CPU
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    )
 
 
 def run_to_the_end(parse_args, main):
