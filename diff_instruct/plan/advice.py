@@ -82,7 +82,13 @@ def levers(args, models):
             bool(args.lora_rank and models.generator is not None and not args.share_base),
         ),
         Lever("--base_quantization int8", {"base_quantization": "int8"}, now == "none" and roundable, needs=ranks),
-        Lever("--base_quantization nf4", {"base_quantization": "nf4"}, now != "nf4" and roundable, needs=ranks),
+        Lever(
+            "--base_quantization nf4",
+            {"base_quantization": "nf4"},
+            now != "nf4" and roundable,
+            needs=ranks,
+            replaces=("--base_quantization int8",),
+        ),
     )
     return [lever for lever in every if lever.unused]
 
@@ -106,8 +112,8 @@ def advice(args, models, memory_gib):
     bar = tqdm(levers(args, models), desc="flags tried, until it fits", leave=False)  # each is a prediction of its own
     for lever in bar:
         bar.set_postfix_str(lever.words)
-        args, outdated = lever.on(args), (lever.words.split()[0], *lever.replaces)
-        words = [earlier for earlier in words if not earlier.startswith(outdated)] + [lever.words]
+        args = lever.on(args)
+        words = [*(earlier for earlier in words if earlier not in lever.replaces), lever.words]
         need = highest(args, models)[1]
         if need <= memory_gib * GIB:
             return f"{line}It fits into {memory_gib:g} GiB with {' '.join(words)}: {need / GIB:.2f} GiB."
@@ -125,7 +131,9 @@ def what_would_help(args):
     actors = held(args)
     unused = [lever for lever in levers(args, models) if all(getattr(args, name) for name in lever.needs)]
     total = sum(actors.values())
-    saved = {lever.words: total - sum(held(lever.on(args)).values()) for lever in unused if not lever.in_activations}
+    replaced = {words for lever in unused for words in lever.replaces}
+    steady = [lever for lever in unused if not lever.in_activations and lever.words not in replaced]
+    saved = {lever.words: total - sum(held(lever.on(args)).values()) for lever in steady}
     best = [words for words in sorted(saved, key=saved.get, reverse=True) if saved[words] > 0][:2]
     best += [lever.words for lever in unused if lever.in_activations][: 3 - len(best)]
     largest = max(actors, key=actors.get)
