@@ -13,6 +13,9 @@ Ways to take the same steps, in turn, in one process, on the same model and batc
 
 The script draws its prompts from 8, so that all but its first iterations find them encoded.
 
+With `--bases none int8 nf4` in place of these: the script with both LoRA on one frozen base, rounded in each of these
+ways, side by side; ratios are to the first.
+
 The models are the pocket reference, or real architectures made small (`SMALL`), with random weights. Medians of
 processor seconds on a CPU, of seconds on a GPU; the ratios are the figure.
 """
@@ -31,9 +34,11 @@ import torch
 from torch.nn.functional import mse_loss
 
 import train_diff_instruct_pp as script
+from benchmarks import run
 from benchmarks.full_size import ARCHITECTURES, ROOT, build
 from diff_instruct.models.denoiser import stacked
 from diff_instruct.models.loading import load_generator, load_reference
+from diff_instruct.models.rounding import KINDS
 from diff_instruct.models.sources import models_of
 from diff_instruct.prompts.conditioning import Conditioning
 from diff_instruct.rewards.loading import load_mix
@@ -161,11 +166,19 @@ def script_seconds(args):
     return [b - a for a, b in zip(starts, starts[1:])]
 
 
+def several(text):
+    """A whole number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["pocket", *SMALL])
-    parser.add_argument("--iterations", type=int, default=4, help="on each side in each round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=several, default=4, help="on each side in each round")
+    parser.add_argument("--rounds", type=several, default=3)
+    parser.add_argument("--bases", nargs="+", choices=KINDS, help="compare the script on these")
     ours, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         options = ["--max_train_steps", str(ours.iterations + 2), "--output_dir", folder + "/out"]
@@ -175,31 +188,53 @@ def main():
         options += ["--train_prompts", str(ROOT / "pocket" / "prompts_train.txt"), "--max_train_samples", "8"]
         if ours.model != "pocket":
             source = ROOT / "benchmarks" / "architectures" / ARCHITECTURES[ours.model]
+            options += ["--train_batch_size", "4", "--reward", "pocket"]
+            options += ["--reward_checkpoint", f"pocket={ROOT / 'pocket' / 'scorer'}"]
+            parse_args([*options, "--pretrained_model_name_or_path", str(source), *rest])  # mistakes, before building
+            options += ["--pretrained_model_name_or_path", folder + "/model"]
             build(source, Path(folder, "model"), "cpu", SMALL[ours.model], torch.float32)
-            options += ["--pretrained_model_name_or_path", folder + "/model", "--train_batch_size", "4"]
-            options += ["--reward", "pocket", "--reward_checkpoint", f"pocket={ROOT / 'pocket' / 'scorer'}"]
-        args = parse_args(options + rest)
         torch.manual_seed(0)
-        few = Path(args.train_prompts).read_text().splitlines()[: args.max_train_samples]
-        prompts = list(islice(cycle(few), args.train_batch_size))
-        one_x0 = parse_args(options + rest + ["--reuse_generated"])
-        sides = "bare", "script", "bare, one x0", "script, one x0", "first draft"
-        plain, seconds = Plain(args, prompts), {side: [] for side in sides}
-        encode = Conditioning(plain.pipe.encode_prompt, plain.device)
-        null = encode.null(plain.pipe.encode_null)
-        null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in null.items()}
-        c = encode(prompts)
-        for _ in range(ours.rounds):
-            seconds["bare"] += [timed(plain.bare, c, null) for _ in range(ours.iterations + 1)][1:]
-            seconds["script"] += script_seconds(args)[1:]  # the first one encodes prompts
-            seconds["bare, one x0"] += [timed(plain.bare, c, null, True) for _ in range(ours.iterations + 1)][1:]
-            seconds["script, one x0"] += script_seconds(one_x0)[1:]
-            seconds["first draft"] += [timed(plain.first_draft) for _ in range(ours.iterations + 1)][1:]
+        compare = compare_bases if ours.bases else compare_ways
+        args, seconds = compare(ours, options, rest)
     medians = {k: statistics.median(v) for k, v in seconds.items()}
+    first = next(iter(medians))
     parts = {"model": ours.model, "batch": args.train_batch_size}
-    parts |= {k: round(v / medians["bare"], 3) for k, v in medians.items()}
-    print(json.dumps({**parts, "bare seconds": round(medians["bare"], 3), "options": rest}))
+    parts |= {k: round(v / medians[first], 3) for k, v in medians.items()}
+    print(json.dumps({**parts, f"{first} seconds": round(medians[first], 3), "options": rest}))
+
+
+def compare_ways(ours, options, rest):
+    """(arguments of the script, seconds of each iteration by side)"""
+    args, one_x0 = parse_args(options + rest), parse_args(options + rest + ["--reuse_generated"])
+    few = Path(args.train_prompts).read_text().splitlines()[: args.max_train_samples]
+    prompts = list(islice(cycle(few), args.train_batch_size))
+    sides = "bare", "script", "bare, one x0", "script, one x0", "first draft"
+    plain, seconds = Plain(args, prompts), {side: [] for side in sides}
+    encode = Conditioning(plain.pipe.encode_prompt, plain.device)
+    null = encode.null(plain.pipe.encode_null)
+    null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in null.items()}
+    c = encode(prompts)
+    for _ in range(ours.rounds):
+        seconds["bare"] += [timed(plain.bare, c, null) for _ in range(ours.iterations + 1)][1:]
+        seconds["script"] += script_seconds(args)[1:]  # the first one encodes prompts
+        seconds["bare, one x0"] += [timed(plain.bare, c, null, True) for _ in range(ours.iterations + 1)][1:]
+        seconds["script, one x0"] += script_seconds(one_x0)[1:]
+        seconds["first draft"] += [timed(plain.first_draft) for _ in range(ours.iterations + 1)][1:]
+    return args, seconds
+
+
+def compare_bases(ours, options, rest):
+    """The same for the script on each base; both roles are LoRA."""
+    options, seconds = (
+        [*options, "--lora_rank", "16", "--ta_lora_rank", "16", *rest],
+        {kind: [] for kind in ours.bases},
+    )
+    sides = {kind: parse_args([*options, "--base_quantization", kind]) for kind in ours.bases}
+    for _ in range(ours.rounds):
+        for kind, args in sides.items():
+            seconds[kind] += script_seconds(args)[1:]
+    return args, seconds
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import arithmetic, full_size, predicted_peaks
+from benchmarks import arithmetic, full_size, predicted_peaks, step_cost
 from diff_instruct.objectives import KAPPA
 from diff_instruct.training.arguments import parse_args
 from pocket import build
@@ -253,12 +253,14 @@ def test_full_size_starts_its_measurement(monkeypatch, tiny_model, capsys):
         (predicted_peaks, "stable-diffusion-v1-5 --into {}", "--into {} cannot be written"),
         (predicted_peaks, "stable-diffusion-v1-5 --into {}/rows", "--into {}/rows: line 2 is no row of this script"),
         (full_size, "sd15 --lora_rank x", "--lora_rank must be a whole number"),
+        (step_cost, "sd15 --lora_rank x", "--lora_rank must be a whole number"),
     ],
 )
 def test_benchmarks_tell_a_mistake_in_one_line(tmp_path, monkeypatch, script, words, message):
     """Before anything is predicted or built."""
     (tmp_path / "rows").write_text('{"model": "x", "base": "none", "with": []}\n{"model": ')
     monkeypatch.setattr(full_size, "build", None)
+    monkeypatch.setattr(step_cost, "build", None)
     monkeypatch.setattr(predicted_peaks, "predicted", None)
     monkeypatch.setattr(sys, "argv", ["script.py", *words.format(tmp_path).split()])
     with pytest.raises(SystemExit) as ended:

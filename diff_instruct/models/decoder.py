@@ -34,8 +34,8 @@ def checkpoint_decoder(vae):
 
 
 class FrozenConvolution(torch.autograd.Function):
-    """A convolution of stride 1 with frozen weights. The gradient at its input is the transposed convolution of that at
-    its output, for which no input is needed; PyTorch's own graph holds it all the same."""
+    """A convolution of stride 1 with frozen weights. The gradient at its input is the transposed convolution of that
+    at its output, for which no input is needed; PyTorch's own graph holds it all the same."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, *options):
