@@ -597,6 +597,7 @@ class Family:
     options = {}  # arguments with which the stock pipeline draws just what it is asked for
     unguided = {"guidance_scale": 1.0}  # its arguments for c alone
     lora_targets = (*ATTENTION, *FEED_FORWARD)  # ends of layers' names, or one pattern of whole names
+    left_out = ()  # lists of blocks that diffusers does not checkpoint, though they hold much
     unrounded = ()  # parts of names of layers in its blocks that a rounded base keeps as they are
     modulation = ("norm", "mod", "adaLN")  # and words in the names of those that it keeps at 8 bits at least
     code = None  # the whole file of an export, where the family is defined outside of it

@@ -36,6 +36,7 @@ NOT_RUN = {  # how a command starts: why it is not run here
     "python examples/reward_server.py": "serves until it is stopped; tests/test_black_box.py tests it",
     "ruff": "a check of the style, not installed with the tests",
     "python tests/parity/": "needs a package index or the Hub; python -m pytest -m oracle runs it",
+    "OMP_NUM_THREADS=1 python benchmarks/full_size.py": "builds and runs a full-size model",
     "OMP_NUM_THREADS=1 python benchmarks/reward_cost.py": "takes minutes and 8 GB",
     "OMP_NUM_THREADS=1 python benchmarks/role_switch.py": "builds the real number of layers: half a minute",
     "OMP_NUM_THREADS=1 python benchmarks/rounded_load.py": "writes gigabytes of random weights",

@@ -427,9 +427,7 @@ def test_a_judge_elsewhere_that_goes_away_and_comes_back(command, tmp_path, monk
             return asks(self, batch)
 
         m.setattr(Surrogate, "ask", goes_away)
-        with pytest.raises(
-            Ending, match=f"`{url}/count` does not answer: .* after step 1; .*checkpoint-1 is w"
-        ):
+        with pytest.raises(Ending, match=f"`{url}/count` does not answer: .* after step 1; .*checkpoint-1 is w"):
             run([*words, "--output_dir", tmp_path / "parts"])
     again = [*words, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
     with pytest.raises(Mistake, match="does not answer"):

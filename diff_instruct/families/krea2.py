@@ -75,6 +75,7 @@ class Krea2(QwenImage):
     unguided = {"guidance_scale": 0.0}
     lora_targets = (*ATTENTION, "to_gate", "ff.gate", "ff.up", "ff.down")
     null_prompt = ""
+    left_out = "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"  # twelve states of each token
     apps = {
         "original": ORIGINAL,
         "encoder": ("CLIPLoader", "krea2", "qwen3vl_4b_fp8_scaled.safetensors"),

@@ -10,7 +10,7 @@ from diff_instruct.models.adapter_start import begin
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
 from diff_instruct.models.loading import is_copy, load_network, load_reference, one_step_pipeline
-from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.lora import add_lora, checkpoint_network
 from diff_instruct.models.roles import bases, on_base
 from diff_instruct.models.sharding import place
 from pipeline_one_step import OneStepPipeline
@@ -106,7 +106,7 @@ def load_actors(models, roles, device, dtype, autocast, args, afresh=True, is_ma
     pipe = one_step_pipeline(models, stock, network_of["generator"])
     for network in networks.values():
         if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
+            checkpoint_network(network, models.family)
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()
         if args.compile:

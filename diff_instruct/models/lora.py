@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -124,6 +125,15 @@ class acting:
     def __exit__(self, *_):
         for layer, (active, disabled) in zip(self.layers, self.before):
             vars(layer).update(_active_adapter=active, _disable_adapters=disabled)
+
+
+def checkpoint_network(network, family):
+    """Gradient checkpointing of a network's blocks: those that diffusers checkpoints, and those that it leaves out
+    though they hold much (the family's `left_out`)."""
+    network.enable_gradient_checkpointing(family.checkpointed(checkpoint_block))
+    for blocks in family.left_out:
+        for block in network.get_submodule(blocks):
+            block.forward = partial(checkpoint_block, block.forward)
 
 
 def checkpoint_block(block, *args, **kwargs):

@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 from diff_instruct.models.configs import read_index
 from diff_instruct.models.decoder import checkpoint_decoder
 from diff_instruct.models.denoiser import Denoiser
-from diff_instruct.models.lora import add_lora, checkpoint_block
+from diff_instruct.models.lora import add_lora, checkpoint_network
 from diff_instruct.models.published import rounding_of
 from diff_instruct.models.roles import bases, on_base, roles_of
 from diff_instruct.models.rounding import Rounded, round_empty
@@ -188,7 +188,7 @@ def hollow_actors(args, models, roles, dtype, autocast, fake):
     parts = {k: hollow(copy.deepcopy(v).to(dtype) if k != "vae" else v, dtype, fake) for k, v in others.items()}
     for network in networks.values():
         if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing(models.family.checkpointed(checkpoint_block))
+            checkpoint_network(network, models.family)
         network.train()
     if args.gradient_checkpointing:
         checkpoint_decoder(parts["vae"])
