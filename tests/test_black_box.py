@@ -256,6 +256,18 @@ def test_what_waits_behind_a_request_without_an_answer_is_not_sent():
         assert len(got) == 1 and reward(pictures(), PROMPTS[:2]).tolist() == [1, 2] and len(got) == 2
 
 
+def test_an_ending_process_does_not_wait_for_a_judge():
+    """Not after Ctrl-C, while a request has no answer and others wait behind it."""
+    over = threading.Event()
+    with answering(lambda handler: over.wait(20)) as (url, got):
+        before, reward = threading.enumerate(), RemoteReward(url, retries=0)
+        for _ in range(2):
+            reward.ask(pictures(), PROMPTS[:2])
+        ours = [thread for thread in threading.enumerate() if thread not in before]
+        assert len(ours) == 2 and all(thread.daemon for thread in ours)
+        over.set()
+
+
 def test_a_judge_that_gives_nan_is_refused_before_training():
     with answering((200, '{"scores": [NaN, 1]}')) as (url, _), pytest.raises(NoScores, match="NaN or infinity"):
         load_reward(RewardSpec(url), trained=False)

@@ -18,6 +18,7 @@ from tests.test_fsdp import ROOT, as_on_gpus, launched
 
 FUNCTIONS = """
 import os
+import sys
 
 import torch
 
@@ -40,6 +41,11 @@ def due(pixels):
 def bright(pixels, prompts):
     if due(pixels):
         raise KeyError("no such picture")
+    return pixels.mean(dim=(1, 2, 3))
+
+def exits(pixels, prompts):
+    if due(pixels):
+        sys.exit("\\nout of credit\\nand more")
     return pixels.mean(dim=(1, 2, 3))
 
 def deep(pixels, prompts):
@@ -80,13 +86,19 @@ def fails_and_goes_on(command, tmp_path, monkeypatch, at, line, step):
 def test_a_gradient_that_fails_in_the_generators_step(quick_args, functions, tmp_path, monkeypatch, options, at, step):
     """After the TA's steps, which are not taken again."""
     command = [*quick_args, *options, "--reward", "pocket", f"{functions}:bright:2"]
-    line = r"reward `.*mine.py:bright` failed: KeyError: 'no such picture' \(line 24 of mine.py\)"
+    line = r"reward `.*mine.py:bright` failed: KeyError: 'no such picture' \(line 25 of mine.py\)"
     fails_and_goes_on(command, tmp_path, monkeypatch, at, line, step)
 
 
 def test_a_backward_pass_that_fails_while_a_ratio_is_measured(quick_args, functions, tmp_path, monkeypatch):
     command = [*quick_args, "--reward", f"{functions}:deep", "--reward_ratio", 2, "--reward_ratio_steps", 2]
     line = "the reward's gradient failed: ZeroDivisionError: in the backward pass"
+    fails_and_goes_on(command, tmp_path, monkeypatch, 2, line, 1)
+
+
+def test_a_function_that_exits_fails_as_others_do(quick_args, functions, tmp_path, monkeypatch):
+    command = [*quick_args, "--reward", f"{functions}:exits"]
+    line = r"reward `.*mine.py:exits` failed: SystemExit: out of credit \(line 30 of mine.py\)"
     fails_and_goes_on(command, tmp_path, monkeypatch, 2, line, 1)
 
 

@@ -102,16 +102,22 @@ def test_the_first_pictures_of_all_processes(monkeypatch):
     assert standard("x", one) == standard("x", two) == {"mean": 3.8, "spread": pytest.approx(7.7**0.5), "pictures": 5}
 
 
-@pytest.mark.parametrize("scores", [[1.0, 1.0], [1.0, float("nan")], [float("inf"), 1.0]])
-def test_a_spread_that_nothing_can_be_divided_by(scores):
-    with pytest.raises(
-        Mistake, match="--reward_standardize x: over 2 pictures of the generator its scores have the sp"
-    ):
+@pytest.mark.parametrize(
+    "scores, line",
+    [
+        ([1.0, 1.0], "over 2 pictures of the generator its scores have the spread 0, which nothing can be divided by"),
+        ([0.3, 0.3 + 2**-25], "over 2 pictures of the generator its scores have the spread 2.107e-08, which nothing"),
+        ([1.0, float("nan"), 2.0], "1 of its 3 scores of the generator's pictures are NaN or infinite: mend the rew"),
+        ([float("inf"), 1.0], "1 of its 2 scores of the generator's pictures are NaN or infinite"),
+    ],
+)
+def test_a_spread_that_nothing_can_be_divided_by(scores, line):
+    with pytest.raises(Mistake, match=f"--reward_standardize x: {line}"):
         standard("x", [scores])
 
 
 def test_what_is_standardised_is_trained_on(tiny_args):
-    with pytest.raises(Mistake, match="--reward_standardize: `pocket_heldout` is not in --reward"):
+    with pytest.raises(Mistake, match="--reward_standardize: `pocket_heldout` is not in --reward; write pocket"):
         parse_args([*tiny_args, "--reward_standardize", "pocket_heldout"])
 
 

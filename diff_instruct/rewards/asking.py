@@ -19,9 +19,16 @@ def is_out_of_memory(error):
     )
 
 
+def first_line(error):
+    """What kind of exception it is, and the first line of what it says."""
+    kind, said = type(error).__name__, str(error).strip()
+    return f"{kind}: {said.splitlines()[0]}" if said else kind
+
+
 @contextmanager
 def asking(what, file=None):
-    """Within: a reward is asked. Whatever it raises becomes a [`NoScores`], but for memory that is used up.
+    """Within: a reward is asked. Whatever it raises, `sys.exit()` too, becomes a [`NoScores`], but for memory that is
+    used up.
 
     Args:
         what: who failed, in words.
@@ -33,13 +40,12 @@ def asking(what, file=None):
         raise
     except Mistake as error:
         raise NoScores(str(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        line = f"{type(error).__name__}: {error}".split("\n")[0]
         seen = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f" (line {seen[-1]} of {Path(file).name})" if seen else ""
-        raise NoScores(f"{what} failed: {line}{where}") from error
+        raise NoScores(f"{what} failed: {first_line(error)}{where}") from error
 
 
 @contextmanager

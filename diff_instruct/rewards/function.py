@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from diff_instruct.mistake import Mistake
-from diff_instruct.rewards.asking import asking
+from diff_instruct.rewards.asking import asking, first_line
 from diff_instruct.rewards.numbers import NoScores, pictures_of, scores_of, wanted
 from diff_instruct.rewards.pixels import clamp
 
@@ -28,10 +28,9 @@ def load_function(spec):
     module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # as of a script that parses the command line
         del sys.modules[own]
-        line = str(error).split("\n")[0]
-        raise Mistake(f"reward `{spec}`: {path} cannot be imported: {type(error).__name__}: {line}") from error
+        raise Mistake(f"reward `{spec}`: {path} cannot be imported: {first_line(error)}") from error
     if not callable(vars(module).get(name)):
         raise Mistake(f"reward `{spec}`: {path} has no function `{name}`")
     return vars(module)[name]

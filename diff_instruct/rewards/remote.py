@@ -7,7 +7,8 @@ is `{"scores": [...]}`, one number for each. `examples/reward_server.py` is the 
 import base64
 import io
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 
 import torch
 import urllib3
@@ -44,7 +45,7 @@ class RemoteReward(torch.nn.Module):
             backoff_max=60,
         )
         self.url, self.http = url, urllib3.PoolManager(timeout=timeout, retries=again)
-        self.queue, self.last = ThreadPoolExecutor(1), None  # one request at a time, in order
+        self.last = None  # the request before: one at a time, in order
 
     def forward(self, pixels, prompts):
         """Scores (B,), float32, of pixels (B, 3, H, W) in [0, 1] for B prompts.
@@ -58,7 +59,17 @@ class RemoteReward(torch.nn.Module):
         """Send the request, and return at once: a function that waits for the answer, and gives or raises what
         `forward` does. Nothing is computed in the other thread but PNG files."""
         n, device = len(pixels), pixels.device
-        self.last = coming = self.queue.submit(self.request, pictures_of(pixels), list(prompts), self.last)
+        before, self.last = self.last, Future()
+        coming = self.last
+
+        def run(*asked):
+            try:
+                coming.set_result(self.request(*asked))
+            except BaseException as error:  # whoever waits raises it
+                coming.set_exception(error)
+
+        # A thread that an ending process does not wait for: Ctrl-C ends it at once, whatever the judge does.
+        threading.Thread(target=run, args=(pictures_of(pixels), list(prompts), before), daemon=True).start()
 
         def answer():
             try:

@@ -89,14 +89,14 @@ def read_rewards(args):
     caps = {}
     for label, value in split_pairs("reward_cap", args.reward_cap).items():
         if label not in labels:
-            raise Mistake(f"--reward_cap: `{label}` is not in --reward")
+            raise Mistake(f"--reward_cap: `{label}` is not in --reward{called(labels)}")
         caps[label] = finite(value)
         if caps[label] is None:
             raise Mistake(f"--reward_cap {label}={value}: the cap must be a finite number")
     standardized = args.reward_standardize or []
     for label in standardized:
         if label not in labels:
-            raise Mistake(f"--reward_standardize: `{label}` is not in --reward")
+            raise Mistake(f"--reward_standardize: `{label}` is not in --reward{called(labels)}")
     asking = args.reward_timeout, args.reward_retries
     trained = tuple(
         RewardSpec(
@@ -118,6 +118,11 @@ def read_rewards(args):
     heldout = tuple(RewardSpec(name, 1.0, None, checkpoints.get(name), *asking) for name in args.heldout_reward or [])
     check_labels([*trained, *heldout])
     return trained, heldout
+
+
+def called(labels):
+    """What rewards can be called where a name is none of them; nothing if there are none."""
+    return f"; write {' or '.join(dict.fromkeys(labels))}" if labels else ""
 
 
 def files_of(specs, reward_checkpoint):

@@ -11,6 +11,7 @@ from diff_instruct.rewards.asking import asking, on_all
 
 
 PICTURES = 128  # a spread of so many is known to 6%
+ROUNDING = 1e-6  # scores in float32 that differ by no more than this share of them say the same
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def standards_of(run):
 
     Raises:
         NoScores: on all processes, if a reward fails.
-        Mistake: if a spread is 0, or not finite.
+        Mistake: if a score is not finite, or a spread is 0 or no more than rounding.
     """
     args, accelerator, reward, sampler = run.args, run.accelerator, run.reward, run.draws.sampler
     if not reward.standardized:
@@ -46,8 +47,13 @@ def standards_of(run):
 def standard(name, scores):
     """Plain numbers by name, of the first pictures; process k of n has scored the k-th, (k + n)-th and so on."""
     first = torch.tensor(scores, dtype=torch.float64).T.flatten()[:PICTURES]
-    mean, spread = first.mean().item(), first.std().item()
-    if not (math.isfinite(spread) and spread > 0):
+    mean, spread, unsound = first.mean().item(), first.std().item(), int((~first.isfinite()).sum())
+    if unsound:
+        raise Mistake(
+            f"--reward_standardize {name}: {unsound} of its {len(first)} scores of the generator's pictures are NaN "
+            "or infinite: mend the reward"
+        )
+    if spread <= ROUNDING * abs(mean):
         raise Mistake(
             f"--reward_standardize {name}: over {len(first)} pictures of the generator its scores have the spread "
             f"{spread:.4g}, which nothing can be divided by: leave it out"
