@@ -60,14 +60,16 @@ def functions(tmp_path):
 
 
 def fails_and_goes_on(command, tmp_path, monkeypatch, at, line, step):
-    """The run fails at that call of its reward, after so many whole steps, and then ends as one that never failed."""
+    """The run fails at that call of its reward, after so many whole steps, and in the same step again when it goes on;
+    then it ends as one that never failed."""
     command = [*command, "--max_train_steps", 3, "--checkpointing_steps", 0]
     run([*command, "--output_dir", tmp_path / "whole"])
-    monkeypatch.setenv("FAILS_AT", str(at))
-    with pytest.raises(Ending, match=f"{line} after step {step}; .*checkpoint-{step} is written: go on") as end:
-        run([*command, "--output_dir", tmp_path / "parts"])
-    assert end.value.code == 75 and "\n" not in str(end.value)
-    assert checkpoints(tmp_path / "parts") == [f"checkpoint-{step}"]
+    for call in (at, 1):
+        monkeypatch.setenv("FAILS_AT", str(call))
+        with pytest.raises(Ending, match=f"{line} after step {step}; .*checkpoint-{step} is written: go on") as end:
+            run([*command, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"])
+        assert end.value.code == 75 and "\n" not in str(end.value)
+        assert checkpoints(tmp_path / "parts") == [f"checkpoint-{step}"]
     monkeypatch.delenv("FAILS_AT")
     run([*command, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))

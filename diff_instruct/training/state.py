@@ -83,5 +83,5 @@ class LoopState:
 
 
 def plain(taught):
-    """`taught` with its figures as numbers."""
-    return taught | {"figures": {key: [v.item() for v in values] for key, values in taught["figures"].items()}}
+    """`taught` with its figures as numbers, which they are already where a run has gone on with them."""
+    return taught | {"figures": {key: [float(v) for v in values] for key, values in taught["figures"].items()}}
