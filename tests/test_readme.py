@@ -155,7 +155,7 @@ def run_shell(command, model, prompts):
                 text = (ROOT / script).read_text()
                 beside = "".join(file.read_text() for file in (ROOT / script).parent.glob("*.py"))
                 passed = build_parser()._option_string_actions if "parse_known_args" in text else {}
-                flags = [flag for flag in re.findall(r"--[a-z_]+", command) if flag not in passed]
+                flags = [flag for flag in re.findall(r"--[a-z0-9_]+", command) if flag not in passed]
                 assert all(f'"{flag}"' in beside for flag in flags), command
     elif f" {TRAIN}" in command:
         launch, arguments = command.split(TRAIN, 1)
