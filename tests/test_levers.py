@@ -47,7 +47,7 @@ SAVING = ["--gradient_checkpointing", "--reward_batch_size", 1, "--offload_text_
 def test_a_lever_changes_nothing_beyond_rounding(quick_args, tiny_model, tmp_path, lever, base, tolerance):
     with_it = moved_by(quick_args, tmp_path, "with", [*base, *lever])
     without = moved_by(quick_args, tmp_path, "without", base)
-    assert largest_difference(without[-1], weights(tiny_model)) > 1e-3  # of the generator that was exported
+    assert largest_difference(without[-1], weights(tiny_model)) > 1e-4  # of the generator that was exported
     for a, b in zip(with_it, without):
         assert largest_difference(a, b) <= tolerance
 
