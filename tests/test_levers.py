@@ -39,7 +39,7 @@ SAVING = ["--gradient_checkpointing", "--reward_batch_size", 1, "--offload_text_
                 (["--offload_ema"], [], 0),
                 (["--train_batch_size", 1, "--gradient_accumulation_steps", 2], [], 1e-5),
                 (["--compile"], [], 1e-5),
-                (["--compile", "--gradient_checkpointing"], LORA, 1e-5),
+                (["--compile", "--gradient_checkpointing"], LORA, 2e-5),
             )
         ),
     ],
