@@ -91,8 +91,8 @@ def learn_pairs(run, watch, step):
 
 
 def ask_judge(run, alpha):
-    """Pictures of the generator that a judge is asked about; those of one prompt will be compared. None without a
-    surrogate."""
+    """Pictures of the generator that a judge is asked about; those of one prompt will be compared. An empty
+    list without a surrogate."""
     if run.surrogate is None or not alpha.rew:
         return []
     return [run.surrogate.ask(batch) for batch in run.draws.groups(run.surrogate.group)]

@@ -36,6 +36,7 @@ from torch.nn.functional import mse_loss
 import train_diff_instruct_pp as script
 from benchmarks import run
 from benchmarks.full_size import ARCHITECTURES, ROOT, build
+from diff_instruct.command_line import whole
 from diff_instruct.models.denoiser import stacked
 from diff_instruct.models.loading import load_generator, load_reference
 from diff_instruct.models.rounding import KINDS
@@ -166,18 +167,11 @@ def script_seconds(args):
     return [b - a for a, b in zip(starts, starts[1:])]
 
 
-def several(text):
-    """A whole number from 1 on."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
-    return int(text)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["pocket", *SMALL])
-    parser.add_argument("--iterations", type=several, default=4, help="on each side in each round")
-    parser.add_argument("--rounds", type=several, default=3)
+    parser.add_argument("--iterations", type=whole(1), default=4, help="on each side in each round")
+    parser.add_argument("--rounds", type=whole(1), default=3)
     parser.add_argument("--bases", nargs="+", choices=KINDS, help="compare the script on these")
     ours, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -224,11 +218,10 @@ def compare_ways(ours, options, rest):
 
 
 def compare_bases(ours, options, rest):
-    """The same for the script on each base; both roles are LoRA."""
-    options, seconds = (
-        [*options, "--lora_rank", "16", "--ta_lora_rank", "16", *rest],
-        {kind: [] for kind in ours.bases},
-    )
+    """The same for the script on each base; both roles are LoRA. What is not rounded has the dtype of the script's
+    `--mixed_precision`: float32 by default."""
+    seconds = {kind: [] for kind in ours.bases}
+    options = [*options, "--lora_rank", "16", "--ta_lora_rank", "16", *rest]
     sides = {kind: parse_args([*options, "--base_quantization", kind]) for kind in ours.bases}
     for _ in range(ours.rounds):
         for kind, args in sides.items():
